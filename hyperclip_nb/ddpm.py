@@ -42,7 +42,7 @@ def linear_schedule(
     "The paper's schedule (A.7.3): `beta` grows in a straight line"
     return Schedule(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64), dtype)
 
-# %% ../nbs/12_ddpm.ipynb #a759afc9
+# %% ../nbs/12_ddpm.ipynb #77a746c9
 def _at(values, t, x):
     "The entries `values[t]` (B,), shaped to broadcast over `x` (B,...)"
     return values[t].view(-1, *[1]*(x.ndim-1))
@@ -53,17 +53,17 @@ def add_noise(
     eps:Tensor, # standard normal noise, shaped like x0
     schedule:Schedule, # how much noise each step adds
 )->Tensor: # noisy data x^t, shaped like x0
-    "Jump from clean data to step `t`: a draw from q(x^t|x^0), the closed form below Eq. 6"
+    "Jump from clean data to step `t`: a draw from `q(x^t|x^0)`, the closed form below Eq. 6"
     return _at(schedule.signal, t, x0)*x0 + _at(schedule.noise, t, x0)*eps
 
-# %% ../nbs/12_ddpm.ipynb #2c683f62
+# %% ../nbs/12_ddpm.ipynb #0f98a77b
 def posterior(
     x0:Tensor, # clean data (B,...)
     xt:Tensor, # noisy data at step t, shaped like x0
     t:Tensor, # step of each row (B,), long, 0 to T-1
     schedule:Schedule, # how much noise each step adds
 )->tuple[Tensor,Tensor]: # mean, shaped like x0, and variance (B,1,...)
-    "Mean and variance of q(x^{t-1}|x^t,x^0), the step back if the data were known"
+    "Mean and variance of `q(x^{t-1}|x^t,x^0)`, the step back if the data were known"
     alpha,beta = _at(schedule.alpha, t, xt),_at(schedule.beta, t, xt)
     signal = _at(F.pad(schedule.signal, (1,0), value=1), t, xt)  # one step earlier
     noise = _at(F.pad(schedule.noise, (1,0)), t, xt)
@@ -71,14 +71,14 @@ def posterior(
     mean = (alpha.sqrt()*noise**2*xt + signal*beta*x0)/total
     return mean, noise**2/total*beta
 
-# %% ../nbs/12_ddpm.ipynb #8e00a82e
+# %% ../nbs/12_ddpm.ipynb #d7987294
 def v_target(
     x0:Tensor, # clean data (B,...)
     eps:Tensor, # the noise, shaped like x0
     t:Tensor, # step of each row (B,), long, 0 to T-1
     schedule:Schedule, # how much noise each step adds
 )->Tensor: # the velocity, shaped like x0
-    "The velocity v = √ᾱ ε − √(1−ᾱ) x^0 of Salimans and Ho (2022)"
+    "The velocity `v = √ᾱ ε − √(1−ᾱ) x^0` of Salimans and Ho (2022)"
     return _at(schedule.signal, t, x0)*eps - _at(schedule.noise, t, x0)*x0
 
 def split_prediction(
