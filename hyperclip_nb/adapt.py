@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['task_losses', 'adapt', 'adapt_all', 'accuracies', 'evaluate']
 
-# %% ../nbs/05_adapt.ipynb #deae8139
+# %% ../nbs/05_adapt.ipynb #76e6f117
 import numpy as np, torch
 from torch import Tensor
 from .adapter import Adapter
 from .tasks import TaskBatch, TaskData, buckets
 
-# %% ../nbs/05_adapt.ipynb #47721d20
+# %% ../nbs/05_adapt.ipynb #67270904
 def task_losses(adapter:Adapter, W:Tensor, # (P,) or (T,P)
                 batch:TaskBatch)->Tensor:  # (T,)
     "Mean cross-entropy of each task over its real images"
     nll = -adapter.logits(W, batch).log_softmax(-1).gather(-1, batch.labels[..., None]).squeeze(-1)
     return (nll*batch.mask).sum(1)/batch.mask.sum(1)
 
-# %% ../nbs/05_adapt.ipynb #6f8dcf69
+# %% ../nbs/05_adapt.ipynb #12e6204b
 def adapt(adapter:Adapter, W:Tensor, # (P,) or (T,P): where to start
           batch:TaskBatch, steps:int=50, lr:float=.3)->Tensor: # (T,P)
     "Eq. 2, `steps` times: gradient descent of every task on its own loss"
@@ -28,7 +28,7 @@ def adapt(adapter:Adapter, W:Tensor, # (P,) or (T,P): where to start
         W = W - lr*torch.autograd.grad(task_losses(adapter, W, batch).sum(), W)[0]
     return W.detach()
 
-# %% ../nbs/05_adapt.ipynb #23f8edd6
+# %% ../nbs/05_adapt.ipynb #3616b66d
 def adapt_all(adapter:Adapter, W:Tensor, # (P,) or (T,P)
               data:TaskData, mask:Tensor, # (T, longest) the pairs to learn from
               steps:int=50, lr:float=.3)->Tensor: # (T,P)
@@ -37,14 +37,14 @@ def adapt_all(adapter:Adapter, W:Tensor, # (P,) or (T,P)
     for rows in buckets(mask.sum(1).numpy()): out[rows] = adapt(adapter, W[rows], data.batch(rows, mask=mask), steps, lr)
     return out
 
-# %% ../nbs/05_adapt.ipynb #713e68e4
+# %% ../nbs/05_adapt.ipynb #5d8721f1
 def accuracies(logits:Tensor, labels:Tensor, mask:Tensor)->Tensor: # (T,)
     "Accuracy of each task, from 0 to 1; k answers that tie for the best share the point"
     best = logits == logits.amax(-1, keepdim=True)
     right = best.gather(-1, labels[..., None]).squeeze(-1)/best.sum(-1)
     return (right*mask).sum(1)/mask.sum(1)
 
-# %% ../nbs/05_adapt.ipynb #9d607a24
+# %% ../nbs/05_adapt.ipynb #d0d41ef2
 @torch.no_grad()
 def evaluate(adapter:Adapter, W:Tensor, # (P,) or (T,P)
              data:TaskData, part:str='query')->np.ndarray: # (T,) percent

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['HyperNet']
 
-# %% ../nbs/06_hypernet.ipynb #75a43cb5
+# %% ../nbs/06_hypernet.ipynb #bf75ed8e
 import torch
 from torch import nn
 
-# %% ../nbs/06_hypernet.ipynb #73b6500a
+# %% ../nbs/06_hypernet.ipynb #762a9a21
 class HyperNet(nn.Sequential):
     "h(z,θ) = W (section 2.3): one hidden layer and a ReLU; its first weights W are about standard normal if z is"
     def __init__(self, n_in:int, # entries of z: Z for a latent, D for a task embedding
