@@ -172,7 +172,7 @@ def buckets(sizes,            # examples in each task
             waste:float=.15,  # share of a bucket that may be padding
             most:int=128)->list: # tasks in a bucket at most
     "Task numbers grouped by similar size: a list of arrays that holds each task once"
-    order = np.argsort(sizes, kind='stable')[::-1]; sizes = np.asarray(sizes)[order]   # the largest first
+    sizes = np.asarray(sizes); order = np.argsort(-sizes, kind='stable'); sizes = sizes[order]   # the largest first
     out, start = [], 0
     for end in range(1, len(order) + 1):
         full = end == len(order) or end - start == most
