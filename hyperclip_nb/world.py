@@ -8,7 +8,7 @@ __all__ = ['SHAPES', 'COLORS', 'PATTERNS', 'SIZES', 'PLACES', 'BACKGROUNDS', 'AT
            'sample_scenes', 'render', 'Concept', 'answers', 'spell', 'read', 'answer', 'fact', 'caption', 'captions',
            'concepts', 'ask_tasks', 'World', 'make_world']
 
-# %% ../nbs/01_world.ipynb #b68be8e1
+# %% ../nbs/01_world.ipynb #501b7af1
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from .tasks import make_task
 
-# %% ../nbs/01_world.ipynb #80a734b7
+# %% ../nbs/01_world.ipynb #39f9b7ad
 SHAPES = ['circle', 'square', 'triangle', 'star', 'heart', 'diamond', 'cross', 'ring', 'moon', 'hexagon', 'arrow', 'drop']
 COLORS = dict(red=(220, 40, 45), orange=(245, 130, 30), yellow=(250, 210, 40), green=(45, 160, 70), teal=(30, 160, 165), blue=(40, 90, 210),
               purple=(130, 60, 175), pink=(240, 120, 180), brown=(125, 80, 45), black=(40, 40, 45), gray=(135, 135, 140), white=(248, 248, 248))
@@ -29,7 +29,7 @@ ATTRIBUTES = dict(shape=SHAPES, color=list(COLORS), pattern=PATTERNS, size=SIZES
 SHAPE, COLOR, PATTERN, SIZE, PLACE = range(5)  # the columns of `Scenes.objects`
 MOST = 4                                       # things in a scene at most
 
-# %% ../nbs/01_world.ipynb #f699f68f
+# %% ../nbs/01_world.ipynb #43b74903
 @dataclass
 class Scenes:
     "Scenes as numbers; indexing gives fewer scenes"
@@ -42,7 +42,7 @@ class Scenes:
         i = np.atleast_1d(np.arange(len(self))[i])
         return Scenes(self.objects[i], self.background[i], self.pose[i])
 
-# %% ../nbs/01_world.ipynb #538ca5d2
+# %% ../nbs/01_world.ipynb #abc97864
 def prior(seed:int, skew:float)->dict: # logits by name
     "The likes of a world: how each attribute depends on another"
     rng = np.random.default_rng([seed, 1])
@@ -54,7 +54,7 @@ def prior(seed:int, skew:float)->dict: # logits by name
                 size=likes('shape', 'size', .8), size_pattern=likes('pattern', 'size', .8),
                 place=likes('shape', 'place', .8), place_color=likes('color', 'place', .8))
 
-# %% ../nbs/01_world.ipynb #bd822660
+# %% ../nbs/01_world.ipynb #0fbb1a1d
 def _softmax(x):
     x = np.exp(x - x.max(-1, keepdims=True))
     return x/x.sum(-1, keepdims=True)
@@ -81,7 +81,7 @@ def sample_scenes(n:int, rng:np.random.Generator, likes:dict)->Scenes:
     pose = np.concatenate([rng.uniform(-1, 1, (n, MOST, 2)), rng.integers(0, 5, (n, MOST, 1))], -1)
     return Scenes(objects, _draw(_softmax(likes['background'][first]), rng), pose)
 
-# %% ../nbs/01_world.ipynb #8035faed
+# %% ../nbs/01_world.ipynb #5469ed9a
 def _outline(shape):
     "Corner points of a shape, inside a circle of radius about 1"
     corners = lambda n, r=1., start=-90: [(r*np.cos(a), r*np.sin(a)) for a in np.radians(start + 360*np.arange(n)/n)]
@@ -97,7 +97,7 @@ def _outline(shape):
     if shape == 'arrow': return [(-1, -w), (.1, -w), (.1, -.95), (1.1, 0), (.1, .95), (.1, w), (-1, w)]
     if shape == 'drop': return list(zip(.9*np.sin(t)*np.sin(t/2)**1.3, -1.1*np.cos(t)))
 
-# %% ../nbs/01_world.ipynb #f84a6abf
+# %% ../nbs/01_world.ipynb #6bd393ff
 def _stencil(pattern, n):
     "Where an (n, n) picture of a pattern carries the second color"
     y, x = np.mgrid[:n, :n] - n/2; p = n/6.2
@@ -107,7 +107,7 @@ def _stencil(pattern, n):
     if pattern == 'checkered': return (np.floor(1.25*x/p) + np.floor(1.25*y/p)) % 2 == 0
     if pattern == 'wavy': return np.sin(2*np.pi*(y + .28*p*np.sin(2*np.pi*x/p/1.3))/p) > .25
 
-# %% ../nbs/01_world.ipynb #6772158a
+# %% ../nbs/01_world.ipynb #e70fa718
 @lru_cache(None)
 def _sprite(shape, pattern, size, tilt, box):
     "Four (box, box) maps of one thing: opacity, pattern, light, shadow"
@@ -126,13 +126,13 @@ def _sprite(shape, pattern, size, tilt, box):
     shadow = np.roll(shrink(mask.filter(ImageFilter.GaussianBlur(.03*n))), max(1, box//20), (0, 1))
     return shrink(mask), shrink(stencil), light, shadow
 
-# %% ../nbs/01_world.ipynb #9dc61838
+# %% ../nbs/01_world.ipynb #ba5f1d8f
 _paint = np.array(list(COLORS.values()), np.float32)
 _ink = np.where(_paint @ [[.3], [.59], [.11]] > 150, .45*_paint, .3*_paint + .7*255).astype(np.float32)  # the pattern's color: darker on light, lighter on dark
 _wall = np.array(list(BACKGROUNDS.values()), np.float32)
 
 def render(scenes:Scenes,
-           size:int=64)->np.ndarray: # (S, size, size, 3) uint8
+           size:int=96)->np.ndarray: # (S, size, size, 3) uint8
     "Draw scenes as square pictures of `size` pixels"
     cell = size/3; box = round(1.25*cell)
     out = np.minimum(_wall[scenes.background][:, None, None]*np.linspace(1.03, .95, size, dtype=np.float32)[:, None, None], 255)
@@ -148,7 +148,7 @@ def render(scenes:Scenes,
             patch += (np.minimum(paint, 255) - patch)*opacity[..., None]
     return out.round().astype(np.uint8)
 
-# %% ../nbs/01_world.ipynb #12cc7b16
+# %% ../nbs/01_world.ipynb #5926c3df
 @dataclass(frozen=True)
 class Concept:
     "What is asked, whatever the wording"
@@ -156,7 +156,7 @@ class Concept:
     where:tuple  # pairs (attribute column, value) that single out a thing: ((SHAPE, 3), (SIZE, 2)) is "the large star"
     side:str=''  # 'left of', …: the answer is about that thing's only neighbour on this side
 
-# %% ../nbs/01_world.ipynb #03314012
+# %% ../nbs/01_world.ipynb #794b4985
 ASKS = dict(
     color=(('What color is {x}?', 'What is the color of {x}?', 'Which color does {x} have?'), '{x} is {{}}'),
     shape=(('What shape is {x}?', 'What is the shape of {x}?', 'Which shape does {x} have?'), '{x} is a {{}}'),
@@ -175,7 +175,7 @@ def answers(ask:str)->list: # of strings
     if ask == 'thing': return [f'{c} {s}' for c in COLORS for s in SHAPES]
     return {'background': list(BACKGROUNDS), 'count': COUNTS, **ATTRIBUTES}[ask]
 
-# %% ../nbs/01_world.ipynb #25956298
+# %% ../nbs/01_world.ipynb #f549ecd0
 def _phrase(where, many=False):
     "The description in words"
     v = {a: list(ATTRIBUTES.values())[a][i] for a, i in where}
@@ -192,7 +192,7 @@ def spell(concept:Concept,
     questions, prompt = ASKS[concept.ask]
     return questions[wording].format(x=x), prompt.format(x=x)
 
-# %% ../nbs/01_world.ipynb #50ea25a1
+# %% ../nbs/01_world.ipynb #395a383d
 _same = dict(colour='color', big='large', huge='large', tiny='small', grey='gray', object='thing', objects='things', middle='center')
 
 def _plain(text): return ' '.join(_same.get(w, w) for w in re.findall(r'[a-z]+', text.lower()))
@@ -221,7 +221,7 @@ def read(question:str): # -> `Concept` or None
             where = _read_phrase(side[2] if side else m[1])
             if where is not None and (where or ask == 'count'): return Concept(ask, where, side[1] if side else '')
 
-# %% ../nbs/01_world.ipynb #c927b6b1
+# %% ../nbs/01_world.ipynb #a496f248
 def answer(concept:Concept, scenes:Scenes)->np.ndarray: # (S,)
     "The right answer in each scene, a position in `answers(concept.ask)`, or -1 where the question makes no sense"
     o, rows = scenes.objects, np.arange(len(scenes))
@@ -241,7 +241,7 @@ def answer(concept:Concept, scenes:Scenes)->np.ndarray: # (S,)
     else: value = o[:, list(ATTRIBUTES).index(concept.ask)]
     return np.where(sensible, value, -1)
 
-# %% ../nbs/01_world.ipynb #22b6f61f
+# %% ../nbs/01_world.ipynb #519c63eb
 REFERENTS = dict(  # which attributes may describe the thing, for each family
     color=[(SHAPE,), (SIZE, SHAPE), (PATTERN, SHAPE), (PLACE,)], shape=[(COLOR,), (SIZE, COLOR), (PATTERN, COLOR), (PLACE,)],
     pattern=[(SHAPE,), (COLOR,), (SIZE, SHAPE), (COLOR, SHAPE)], size=[(SHAPE,), (COLOR,), (PATTERN, SHAPE)],
@@ -267,19 +267,20 @@ def fact(scene:Scenes, rng, ask_too:bool)->str:
 def caption(scene:Scenes, rng)->str:
     "A loose description of a single scene: some of its things, some of what they are like"
     things, told = scene.objects[0][scene.objects[0][:, SHAPE] >= 0], []
-    for thing in rng.permutation(things)[:rng.integers(1, 4)]:
-        said = rng.random(5) < .75
+    habit = rng.random(5) < (.8, .5, .6, .5, .7)     # what this speaker likes to mention
+    for thing in rng.permutation(things)[:rng.integers(1, 3)]:
+        said = habit & (rng.random(5) < .9)
         words = [list(ATTRIBUTES.values())[a][thing[a]] for a in (SIZE, COLOR, PATTERN) if said[a]]
-        words.append(SHAPES[thing[SHAPE]] if said[SHAPE] or len(words) < 2 else 'thing')
+        words.append(SHAPES[thing[SHAPE]] if said[SHAPE] or not words else 'thing')
         told.append('a ' + ' '.join(words) + (f' at the {PLACES[thing[PLACE]]}' if said[PLACE] else ''))
-    return ' and '.join(told) + (f' on a {list(BACKGROUNDS)[scene.background[0]]} background' if rng.random() < .5 else '')
+    return ' and '.join(told) + (f' on a {list(BACKGROUNDS)[scene.background[0]]} background' if rng.random() < .3 else '')
 
 def captions(scenes:Scenes, rng, facts:float=.35, questions:float=.15)->list: # of strings
     "One line of text for each scene, of a random kind"
     kind = rng.random(len(scenes))
     return [fact(scenes[i], rng, ask_too=k < questions) if k < questions + facts else caption(scenes[i], rng) for i, k in enumerate(kind)]
 
-# %% ../nbs/01_world.ipynb #409bd120
+# %% ../nbs/01_world.ipynb #362d89b3
 SHARE = dict(color=1., shape=1., pattern=.35, size=.25, place=.35, background=1., count=.5, thing=1., beside=.9)  # the share of a family's concepts that is asked
 
 def concepts()->dict: # family -> list of `Concept`
@@ -289,7 +290,7 @@ def concepts()->dict: # family -> list of `Concept`
     families = {ask: [Concept(ask, w) for attrs in kinds for w in wheres(attrs)] for ask, kinds in REFERENTS.items()}
     return families | dict(beside=[Concept(ask, w, side) for ask, a in BESIDE for w in wheres((a,)) for side in SIDES])
 
-# %% ../nbs/01_world.ipynb #6d908973
+# %% ../nbs/01_world.ipynb #c7702af3
 def ask_tasks(concept:Concept, scenes:Scenes, start:int, rng)->list: # of `Task`
     "One task for each of one to three wordings of a concept, each with scenes of its own where it makes sense"
     right = answer(concept, scenes); sensible = np.flatnonzero(right >= 0)
@@ -301,7 +302,7 @@ def ask_tasks(concept:Concept, scenes:Scenes, start:int, rng)->list: # of `Task`
         tasks.append(make_task(*spell(concept, wording), rows + start, right[rows], answers(concept.ask), rng, concept=spell(concept)[0]))
     return [t for t in tasks if t]
 
-# %% ../nbs/01_world.ipynb #c763e386
+# %% ../nbs/01_world.ipynb #73c74a5c
 @dataclass
 class World:
     "Scenes, and the tasks asked about them"
