@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'console', 'SHIPPED', 'main', 'reproduce', 'ask', 'train_clip']
 
-# %% ../nbs/17_cli.ipynb #f5bf2d40
-import json as json_, sys
+# %% ../nbs/17_cli.ipynb #244049ea
+import json as json_, os, sys
 from pathlib import Path
 from typing import Optional
 import typer
@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.progress import Progress, BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-# %% ../nbs/17_cli.ipynb #ac6166f6
+# %% ../nbs/17_cli.ipynb #a8f252ae
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help='Write the weights of a small network from a question in words.')
 console = Console()
 
 def main():
     "Run the command; a mistake of the user is one line and exit code 2, not a traceback"
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # read by torch: several threads on a busy core are far slower than one
     try: sys.exit(app(sys.argv[1:] or ['--help'], prog_name='hyperclip', standalone_mode=False))
     except (ValueError, OSError, typer.BadParameter.__base__) as e:  # the last: words the command does not know
         print('error:', e.format_message() if hasattr(e, 'format_message') else e, file=sys.stderr)
@@ -38,7 +39,7 @@ def _numbers(text:str)->tuple:
     try: return tuple(float(x) for x in text.split(','))
     except ValueError: raise ValueError(f'guidance scales are numbers with commas between them, such as 0,1,1.5, not {text!r}') from None
 
-# %% ../nbs/17_cli.ipynb #71d071cd
+# %% ../nbs/17_cli.ipynb #b65fdbb1
 def _tracker(progress):
     "Progress bars for the stages of an experiment, a line each"
     def track(steps, what):
@@ -74,7 +75,7 @@ def reproduce(preset:str=typer.Option('default', help='smoke (two minutes) or de
     console.print(_table(done))
     console.print(f'← the guidance scale chosen on validation tasks. Results, figures and the trained HyperLDM are in {out}', highlight=False)
 
-# %% ../nbs/17_cli.ipynb #f7da427e
+# %% ../nbs/17_cli.ipynb #0728a178
 def _question(question:str, answers:Optional[str]): # -> Concept or None, statement prompt, list of answers
     "Turn a question into a statement with a gap, and find what may fill it"
     from hyperclip_nb import world
@@ -108,7 +109,7 @@ def _example(concept, seed:int, path:Path):
     data = io.BytesIO(); picture.save(data, 'PNG'); write_whole(path, data.getvalue())
     return picture, concept and world.answers(concept.ask)[right[sensible[0]]]
 
-# %% ../nbs/17_cli.ipynb #72afea29
+# %% ../nbs/17_cli.ipynb #a382a1ad
 SHIPPED = Path(__file__).parent/'assets'/'hyperldm.safetensors' if '__file__' in globals() else Path('../hyperclip_nb/assets/hyperldm.safetensors').resolve()
 
 @app.command()
@@ -158,7 +159,7 @@ def _say(said:dict):
     if 'right' in said: console.print(f'The right answer is {said["right"]}; the scene is in {said["image"]}', highlight=False)
     if 'weights' in said: console.print(f'The network is in {said["weights"]}', highlight=False)
 
-# %% ../nbs/17_cli.ipynb #ac3b2a8d
+# %% ../nbs/17_cli.ipynb #37a80648
 @app.command()
 def train_clip(out:Path=typer.Option(..., help='file for the weights'), steps:int=typer.Option(1500, min=100), scenes:int=typer.Option(30_000, min=200), seed:int=typer.Option(0, min=0)):
     "Train the tiny CLIP on captions of scenes."

@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'METHODS', 'STAGES', 'generator', 'Models', 'train', 'write_weights', 'measure', 'rows_of', 'best_gamma',
            'Experiment', 'reproduce', 'save_results', 'summary', 'read_results']
 
-# %% ../nbs/15_experiments.ipynb #479056f5
+# %% ../nbs/15_experiments.ipynb #93a30ae5
 import csv, io, json, platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,26 +23,26 @@ from .multitask import train_cond_multitask, train_multitask
 from .hvae import HVAE, adapted_weights, train_hvae
 from .hyperldm import HyperLDM, save_hyperldm, train_hyperldm
 
-# %% ../nbs/15_experiments.ipynb #45ceba24
+# %% ../nbs/15_experiments.ipynb #3fe9e0f9
 PRESETS = dict(
     default=dict(world=dict(tasks=(870, 100, 373), scenes=(24_000, 6_000, 12_000)), adapter=dict(hidden=32, temperature=30.),
                  multitask=dict(epochs=12, lr=.05), cond_multitask=dict(epochs=15, lr=1e-3),
                  weights=dict(splits=3, steps=50, lr=.3), hvae=dict(steps=500, kl_weight=4e-3, ce_weight=4.),
                  hyperldm=dict(steps=800, lr=1e-3), few_shot=dict(steps=50, lr=.5)),
-    smoke=dict(world=dict(tasks=(240, 60, 100), scenes=(5_000, 1_500, 2_500)), adapter=dict(hidden=32, temperature=30.),
+    smoke=dict(world=dict(tasks=(600, 80, 150), scenes=(8_000, 1_500, 3_000)), adapter=dict(hidden=32, temperature=30.),
                multitask=dict(epochs=10, lr=.05), cond_multitask=dict(epochs=10, lr=1e-3),
-               weights=dict(splits=2, steps=30, lr=.5), hvae=dict(steps=250, kl_weight=4e-3, ce_weight=4.),
-               hyperldm=dict(steps=400, lr=1e-3), few_shot=dict(steps=50, lr=.5)))
+               weights=dict(splits=2, steps=30, lr=.5), hvae=dict(steps=300, kl_weight=4e-3, ce_weight=4.),
+               hyperldm=dict(steps=600, lr=1e-3), few_shot=dict(steps=50, lr=.5)))
 METHODS = {'clip': 'CLIP as Base Model', 'multitask': 'Uncond. Multitask', 'cond-multitask': 'Cond. Multitask', 'hvae-hyperldm': 'HVAE + HyperLDM'}
 
-# %% ../nbs/15_experiments.ipynb #1eb18b66
+# %% ../nbs/15_experiments.ipynb #3e268c71
 STAGES = 'multitask', 'cond_multitask', 'weights', 'hvae', 'hyperldm', 'sampling'
 
 def generator(seed:int, stage:str)->torch.Generator:
     "The source of random numbers of one stage"
     return torch.Generator().manual_seed(1000*seed + STAGES.index(stage))
 
-# %% ../nbs/15_experiments.ipynb #c28f18bb
+# %% ../nbs/15_experiments.ipynb #04068202
 @dataclass
 class Models:
     "Everything that one seed trained"
@@ -65,7 +65,7 @@ def train(data:dict,   # 'train' and 'valid' -> TaskData
     ldm, _ = train_hyperldm(hvae, weights, train.e, **p['hyperldm'], **common('hyperldm'))
     return Models(adapter, W0, cond, hvae, ldm)
 
-# %% ../nbs/15_experiments.ipynb #efa73da6
+# %% ../nbs/15_experiments.ipynb #cf61c264
 @torch.no_grad()
 def write_weights(models:Models, e:Tensor, gamma:float, seed:int)->Tensor: # (T,D) -> (T,P)
     "From task embeddings to networks: sample latents, decode them"
@@ -81,7 +81,7 @@ def measure(models:Models, data:TaskData, gammas:list, preset:dict, seed:int)->d
     out['multitask', None, 'few-shot'] = score(adapt_all(adapter, W0, data, data.is_support, **preset['few_shot']))
     return out
 
-# %% ../nbs/15_experiments.ipynb #bbff3c2f
+# %% ../nbs/15_experiments.ipynb #ce2eb8e2
 def rows_of(measured:dict, seed:int)->list: # of dicts
     "The measurements as rows of `results.json`"
     return [dict(method=method, gamma=gamma, samples=1, descriptors=1., seed=seed, setting=setting, accuracy=round(float(per_task.mean()), 4), tasks=len(per_task))
@@ -91,7 +91,7 @@ def best_gamma(rows:list)->float:
     "The guidance scale with the best accuracy; to be asked of validation rows, never of test rows"
     return max((r for r in rows if r['method'] == 'hvae-hyperldm'), key=lambda r: r['accuracy'])['gamma']
 
-# %% ../nbs/15_experiments.ipynb #2123cacd
+# %% ../nbs/15_experiments.ipynb #25f56b49
 @dataclass
 class Experiment:
     "A finished experiment: what was asked, what came out, and what made it"
@@ -125,7 +125,7 @@ def reproduce(preset:str='default', # a key of `PRESETS`
     if out: save_results(done, out)
     return done
 
-# %% ../nbs/15_experiments.ipynb #66c10cb5
+# %% ../nbs/15_experiments.ipynb #f0fa4051
 def save_results(done:Experiment, out):
     "Write `results.json`, `results.csv` and `hyperldm.safetensors`, each whole or not at all"
     out, versions = Path(out), dict(hyperclip_nb=__version__, torch=torch.__version__, python=platform.python_version())
@@ -138,7 +138,7 @@ def save_results(done:Experiment, out):
     save_hyperldm(out/'hyperldm.safetensors', m.adapter, m.hvae, m.ldm, done.clip.fingerprint, gamma=done.gamma, preset=done.config['preset'],
                   seed=done.config['seed'], world_seed=done.config['world_seed'], clip_name=done.clip.name)
 
-# %% ../nbs/15_experiments.ipynb #7e4a1841
+# %% ../nbs/15_experiments.ipynb #22d6a194
 def summary(results:list)->pd.DataFrame: # of the contents of `results.json` files
     "Mean and s.d. of test accuracy over seeds, on validation tasks too, and the share of the way from floor to ceiling"
     frame = lambda key: pd.DataFrame([r for x in results for r in x[key]]).fillna(dict(gamma=-1)).groupby(['method', 'setting', 'gamma'], sort=False).accuracy
@@ -149,7 +149,7 @@ def summary(results:list)->pd.DataFrame: # of the contents of `results.json` fil
     out.insert(0, 'name', out.method.map(METHODS) + out.gamma.map(lambda g: f', γ = {g:g}' if g >= 0 else ''))
     return out
 
-# %% ../nbs/15_experiments.ipynb #63f51f5a
+# %% ../nbs/15_experiments.ipynb #c759283d
 def read_results(folder, pattern:str='*.json')->list:
     "The contents of result files, in the order of their names"
     return [json.loads(f.read_text()) for f in sorted(Path(folder).glob(pattern))]
