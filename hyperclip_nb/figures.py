@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['task_figure', 'gamma_figure', 'answer_figure', 'save_figure', 'draw_all']
 
-# %% ../nbs/16_figures.ipynb #134abe7f
+# %% ../nbs/16_figures.ipynb #5cdc7c17
 import io
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torch
@@ -14,7 +14,7 @@ from .tasks import Task, write_whole
 from .world import Scenes, render
 from .experiments import Experiment, METHODS, summary, write_weights
 
-# %% ../nbs/16_figures.ipynb #8a143e16
+# %% ../nbs/16_figures.ipynb #7611ffa5
 def task_figure(task:Task, scenes:Scenes, n:int=6)->Figure:
     "A question over some of its images, each with the right answer"
     n = min(n, len(task.support))
@@ -24,7 +24,7 @@ def task_figure(task:Task, scenes:Scenes, n:int=6)->Figure:
     fig.suptitle(task.question, fontsize=12); fig.tight_layout()
     return fig
 
-# %% ../nbs/16_figures.ipynb #d8f4acb4
+# %% ../nbs/16_figures.ipynb #d20a7d16
 def gamma_figure(results:list)->Figure: # of the contents of `results.json` files
     "Test accuracy of HyperLDM over the guidance scale, between floor and ceiling"
     s = summary(results)
@@ -41,7 +41,7 @@ def gamma_figure(results:list)->Figure: # of the contents of `results.json` file
     sns.despine(fig)
     return fig
 
-# %% ../nbs/16_figures.ipynb #b48ac3f3
+# %% ../nbs/16_figures.ipynb #0e686131
 @torch.no_grad()
 def answer_figure(done:Experiment, rows:list, # numbers of test tasks
                   n:int=5)->Figure:
@@ -65,7 +65,7 @@ def answer_figure(done:Experiment, rows:list, # numbers of test tasks
     fig.tight_layout()
     return fig
 
-# %% ../nbs/16_figures.ipynb #f3b68b9b
+# %% ../nbs/16_figures.ipynb #ff7fa7a8
 def save_figure(fig:Figure, path):
     "Write a figure as PNG and as SVG beside each other, each whole or not at all, and close it"
     for kind in ('png', 'svg'):
