@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['random_parts', 'adapted_weights', 'mlp', 'draw', 'kl_divergence', 'HVAE', 'train_hvae']
 
-# %% ../nbs/09_hvae.ipynb #a62b9112
+# %% ../nbs/09_hvae.ipynb #d10d32ea
 import torch
 from torch import nn, Tensor
 from .tasks import TaskData
 from .adapter import Adapter
 from .adapt import adapt_all, task_losses
 
-# %% ../nbs/09_hvae.ipynb #78df17c5
+# %% ../nbs/09_hvae.ipynb #8dff0637
 def random_parts(data:TaskData, generator:torch.Generator,
                  low:float=2/3)->Tensor: # (T, longest) bool
     "For each task a random share, between `low` and 1, of all its labelled images"
@@ -20,7 +20,7 @@ def random_parts(data:TaskData, generator:torch.Generator,
     rank = torch.rand(data.mask.shape, generator=generator).masked_fill(~data.mask, 2.).argsort(1).argsort(1)
     return rank < (share*data.mask.sum(1, keepdim=True)).ceil()
 
-# %% ../nbs/09_hvae.ipynb #341e8f15
+# %% ../nbs/09_hvae.ipynb #c4b4291f
 def adapted_weights(adapter:Adapter, W0:Tensor, # (P,) where all tasks start
                     data:TaskData,
                     splits:int,                 # K, networks of each task
@@ -31,7 +31,7 @@ def adapted_weights(adapter:Adapter, W0:Tensor, # (P,) where all tasks start
     adapted = lambda: adapt_all(adapter, W0, data, random_parts(data, generator), steps, lr)
     return torch.stack([adapted() for _ in progress(range(splits))], 1)
 
-# %% ../nbs/09_hvae.ipynb #470b25ef
+# %% ../nbs/09_hvae.ipynb #55e531e2
 def mlp(*sizes, generator:torch.Generator=None)->nn.Sequential:
     "Linear layers with ReLU between them, in Kaiming initialisation"
     layers = []
@@ -40,19 +40,19 @@ def mlp(*sizes, generator:torch.Generator=None)->nn.Sequential:
         nn.init.normal_(layers[-2].weight, std=(2/a)**.5, generator=generator); nn.init.zeros_(layers[-2].bias)
     return nn.Sequential(*layers[:-1])
 
-# %% ../nbs/09_hvae.ipynb #b545b00a
+# %% ../nbs/09_hvae.ipynb #67a21839
 def draw(mu:Tensor, log_var:Tensor, # (...,Z)
          generator:torch.Generator)->Tensor: # (...,Z)
     "A sample of N(μ, σ²) through which gradients flow"
     noise = torch.randn(mu.shape, generator=generator).to(mu.device)
     return mu + (log_var/2).exp()*noise
 
-# %% ../nbs/09_hvae.ipynb #c69a1858
+# %% ../nbs/09_hvae.ipynb #23e612cd
 def kl_divergence(mu:Tensor, log_var:Tensor)->Tensor: # (...,Z) -> (...,)
     "How far N(μ, σ²) is from N(0, 1), in nats"
     return .5*(mu**2 + log_var.exp() - 1 - log_var).sum(-1)
 
-# %% ../nbs/09_hvae.ipynb #8c6da7e3
+# %% ../nbs/09_hvae.ipynb #2771321b
 class HVAE(nn.Module):
     "A variational autoencoder of weights: the encoder d(W,ω), and a hypernetwork h(z,θ) as decoder"
     def __init__(self, n_weights:int,         # P
@@ -79,7 +79,7 @@ class HVAE(nn.Module):
         "Write weights"
         return self.mean + self.scale*self.decoder(z)
 
-# %% ../nbs/09_hvae.ipynb #09c469ce
+# %% ../nbs/09_hvae.ipynb #2ea1ed31
 def train_hvae(adapter:Adapter, weights:Tensor, # (T,K,P) adapted weights
                data:TaskData,                   # the tasks they are adapted to
                steps:int=800, batch:int=64, lr:float=1e-3,

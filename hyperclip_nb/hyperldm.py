@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['time_embedding', 'Block', 'NoiseNet', 'HyperLDM', 'train_hyperldm', 'save_hyperldm', 'load_hyperldm']
 
-# %% ../nbs/14_hyperldm.ipynb #be6cb80d
+# %% ../nbs/14_hyperldm.ipynb #a83670b9
 import copy, json, math, torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -15,7 +15,7 @@ from .adapter import Adapter
 from .hvae import HVAE, draw
 from .ddpm import diffusion_loss, linear_schedule, sample_ddim
 
-# %% ../nbs/14_hyperldm.ipynb #ad902538
+# %% ../nbs/14_hyperldm.ipynb #425cabc4
 def time_embedding(t:Tensor, # (B,) steps
                    width:int=150)->Tensor: # (B,width)
     "Sines and cosines of the step at `width/2` frequencies, falling from 1 to about 1/10,000"
@@ -23,7 +23,7 @@ def time_embedding(t:Tensor, # (B,) steps
     angle = t[:, None]*frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
 
-# %% ../nbs/14_hyperldm.ipynb #c551d194
+# %% ../nbs/14_hyperldm.ipynb #39abc65c
 class Block(nn.Module):
     "A hidden layer that is told the condition, weighs its own channels (squeeze and excitation), and adds to what came in"
     def __init__(self, n_in:int, n_out:int, n_cond:int):
@@ -36,7 +36,7 @@ class Block(nn.Module):
         change = self.main(torch.cat([h, cond], 1))
         return self.shortcut(h) + self.gate(change)*change
 
-# %% ../nbs/14_hyperldm.ipynb #ae175099
+# %% ../nbs/14_hyperldm.ipynb #660d4f4f
 class NoiseNet(nn.Module):
     "ε(z,t,e): residual blocks, with the step and the task embedding at the input and at every hidden layer (appendix A.2)"
     def __init__(self, latent:int,                 # Z
@@ -58,7 +58,7 @@ class NoiseNet(nn.Module):
         for block in self.blocks: z = block(z, cond)
         return self.out(torch.cat([z, cond], 1))
 
-# %% ../nbs/14_hyperldm.ipynb #e6fd29f3
+# %% ../nbs/14_hyperldm.ipynb #e4806e1b
 class HyperLDM(nn.Module):
     "A latent diffusion model of weights: a noise network, and the scale of the latents it was trained on"
     def __init__(self, latent:int, width:int,      # Z; D, of the task embedding
@@ -87,7 +87,7 @@ class HyperLDM(nn.Module):
         z = torch.randn(len(e), len(self.mean), generator=generator).to(e.device)
         return self.mean + self.std*sample_ddim(self.guided(e, gamma), z, self.schedule.to(e.device), self.kind, steps)
 
-# %% ../nbs/14_hyperldm.ipynb #bbe44fa1
+# %% ../nbs/14_hyperldm.ipynb #4dd71da9
 def train_hyperldm(hvae:HVAE, weights:Tensor, # (T,K,P) adapted weights
                    e:Tensor,                  # (T,D) task embeddings
                    steps:int=800, batch:int=128, lr:float=1e-3, hidden:tuple=(256, 256, 256), kind:str='v',
@@ -115,7 +115,7 @@ def train_hyperldm(hvae:HVAE, weights:Tensor, # (T,K,P) adapted weights
         history.append(loss.item())
     return ldm.eval(), history
 
-# %% ../nbs/14_hyperldm.ipynb #27708816
+# %% ../nbs/14_hyperldm.ipynb #96ea1ada
 def save_hyperldm(path, adapter:Adapter, hvae:HVAE, ldm:HyperLDM,
                   clip:str,  # fingerprint of the CLIP that makes task embeddings
                   **facts):  # what else should be known about it
