@@ -88,8 +88,8 @@ def rows_of(measured:dict, seed:int)->list: # of dicts
             for (method, gamma, setting), per_task in measured.items()]
 
 def best_gamma(rows:list)->float:
-    "The guidance scale with the best accuracy; to be asked of validation rows, never of test rows"
-    return max((r for r in rows if r['method'] == 'hvae-hyperldm'), key=lambda r: r['accuracy'])['gamma']
+    "The guidance scale above 0, where the question is read, with the best accuracy; to be asked of validation rows, never of test rows"
+    return max((r for r in rows if r['method'] == 'hvae-hyperldm'), key=lambda r: (r['gamma'] > 0, r['accuracy']))['gamma']
 
 # %% ../nbs/15_experiments.ipynb #25f56b49
 @dataclass
