@@ -150,6 +150,7 @@ def ask(question:str=typer.Argument(help='such as "What color is the large star?
     if json: print(json_.dumps(said))
     else: _say(said)
 
+# %% ../nbs/17_cli.ipynb #5a9e11d2
 def _say(said:dict):
     "Print ranked answers, the ten likeliest"
     table = Table('answer', 'probability', '', title=said['question'])
