@@ -84,7 +84,7 @@ def _question(question:str, answers:Optional[str]): # -> Concept or None, statem
     prompt = world.spell(concept)[1] if concept else f'{question.strip()} {{}}'
     named = [a.strip() for a in (answers or '').split(',') if a.strip()]
     if answers is not None and len(set(named)) < 2: raise ValueError('give at least two different answers, such as --answers red,green')
-    if not named and not concept: raise ValueError(f'this is not a question about scenes, so say what may be answered: --answers red,green,blue')
+    if not named and not concept: raise ValueError('this is not a question about scenes, so say what may be answered: --answers red,green,blue')
     return concept, prompt, list(dict.fromkeys(named)) or world.answers(concept.ask)
 
 def _picture(path:Path):

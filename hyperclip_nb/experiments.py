@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'METHODS', 'STAGES', 'generator', 'Models', 'train', 'writ
 import csv, io, json, platform
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import pandas as pd, torch
 from torch import Tensor
 from . import __version__
 from .tasks import TaskData, write_whole

@@ -8,9 +8,9 @@ __all__ = ['Task', 'split_pairs', 'make_task', 'describe', 'described', 'TaskBat
 
 # %% ../nbs/00_tasks.ipynb #e24876ed
 import json, os
-from dataclasses import dataclass, replace, asdict
+from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import numpy as np, torch
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
@@ -163,8 +163,7 @@ class TaskData:
         allowed = {'support': self.is_support, 'all': self.mask}[part][rows]
         lottery = torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, 2.)
         chosen = lottery.argsort(1)[:, :n]
-        mask = torch.zeros_like(self.mask)
-        mask[rows[:, None], chosen] = allowed.gather(1, chosen)
+        mask = torch.zeros_like(self.mask).index_put((rows[:, None], chosen), allowed.gather(1, chosen))
         return self.batch(rows, mask=mask)
 
 # %% ../nbs/00_tasks.ipynb #62b79cd2
