@@ -19,22 +19,23 @@ def task_losses(adapter:Adapter, W:Tensor, # (P,) or (T,P)
     return (nll*batch.mask).sum(1)/batch.mask.sum(1)
 
 # %% ../nbs/05_adapt.ipynb #12e6204b
-def adapt(adapter:Adapter, W:Tensor, # (P,) or (T,P): where to start
-          batch:TaskBatch, steps:int=50, lr:float=.3)->Tensor: # (T,P)
+def adapt(adapter:Adapter, v:Tensor, # (V,) or (T,V): where to start
+          batch:TaskBatch, steps:int=50, lr:float=.3,
+          decode=lambda W: W)->Tensor: # from v (T,V) to weights (T,P), where it is not W that is adapted -> (T,V)
     "Eq. 2, `steps` times: gradient descent of every task on its own loss"
-    W = W.expand(len(batch), -1)
+    v = v.expand(len(batch), -1)
     for _ in range(steps):
-        W = W.detach().requires_grad_()
-        W = W - lr*torch.autograd.grad(task_losses(adapter, W, batch).sum(), W)[0]
-    return W.detach()
+        v = v.detach().requires_grad_()
+        v = v - lr*torch.autograd.grad(task_losses(adapter, decode(v), batch).sum(), v)[0]
+    return v.detach()
 
 # %% ../nbs/05_adapt.ipynb #3616b66d
-def adapt_all(adapter:Adapter, W:Tensor, # (P,) or (T,P)
+def adapt_all(adapter:Adapter, v:Tensor, # (V,) or (T,V)
               data:TaskData, mask:Tensor, # (T, longest) the pairs to learn from
-              steps:int=50, lr:float=.3)->Tensor: # (T,P)
+              steps:int=50, lr:float=.3, decode=lambda W: W)->Tensor: # (T,V)
     "`adapt` for all tasks of a data set, bucket by bucket"
-    W = W.expand(len(data), -1); out = torch.empty_like(W)
-    for rows in buckets(mask.sum(1).numpy()): out[rows] = adapt(adapter, W[rows], data.batch(rows, mask=mask), steps, lr)
+    v = v.expand(len(data), -1); out = torch.empty_like(v)
+    for rows in buckets(mask.sum(1).numpy()): out[rows] = adapt(adapter, v[rows], data.batch(rows, mask=mask), steps, lr, decode)
     return out
 
 # %% ../nbs/05_adapt.ipynb #5d8721f1

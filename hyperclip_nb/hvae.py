@@ -26,9 +26,10 @@ def adapted_weights(adapter:Adapter, W0:Tensor, # (P,) where all tasks start
                     splits:int,                 # K, networks of each task
                     steps:int, lr:float,        # of gradient descent
                     generator:torch.Generator,
+                    decode=lambda W: W,         # to weights, where a latent is adapted: then W0 is (Z,), and so is what comes out
                     progress=lambda splits: splits)->Tensor: # (T,K,P)
     "The data set of Algorithm 8: the weights of each task, adapted from W0 on several random parts of its images"
-    adapted = lambda: adapt_all(adapter, W0, data, random_parts(data, generator), steps, lr)
+    adapted = lambda: adapt_all(adapter, W0, data, random_parts(data, generator), steps, lr, decode)
     return torch.stack([adapted() for _ in progress(range(splits))], 1)
 
 # %% ../nbs/09_hvae.ipynb #55e531e2

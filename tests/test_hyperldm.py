@@ -1,12 +1,13 @@
-"A HyperLDM obeys its guidance scale and its seed, and a file that is not one is refused in one line, with nothing left behind."
+"A HyperLDM obeys its guidance scale, its classifier and its seed, learns from tasks without a question, and a file that is not one is refused in one line, with nothing left behind."
 import os, pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from hyperclip_nb.adapter import Adapter
+from hyperclip_nb.ddpm import sample_ddim
 from hyperclip_nb.hvae import HVAE, draw, kl_divergence
-from hyperclip_nb.hyperldm import HyperLDM, NoiseNet, load_hyperldm, save_hyperldm, train_hyperldm
+from hyperclip_nb.hyperldm import HyperLDM, NoiseNet, load_hyperldm, save_hyperldm, train_hyperldm, train_regression
 
 D, Z = 6, 4
 adapter = Adapter(D, hidden=3)
@@ -35,13 +36,29 @@ def test_zero_guidance_ignores_the_question(n, s, kind):
     assert not torch.equal(sample(questions(n), 1.), sample(questions(n, 1), 1.))
 
 
-@few
-@given(st.integers(1, 9), st.floats(-3, 8), st.integers(0, 1000))
-def test_guidance_is_linear_and_one_pass_is_two(n, gamma, s):
-    _, ldm = models()
-    z, t, e = torch.randn(n, Z, generator=seed(s)), torch.randint(350, (n,), generator=seed(s)), questions(n)
-    without, told = ldm.net(z, t, torch.zeros_like(e)), ldm.net(z, t, e)
-    torch.testing.assert_close(ldm.guided(e, gamma)(z, t), without + gamma*(told - without), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize('kind', ['v', 'eps'])
+def test_guidance_of_one_is_the_conditional_model(kind):
+    _, ldm = models(kind)
+    ldm.mean.fill_(3.); ldm.std.fill_(2.)
+    e, z = questions(5), torch.randn(5, Z, generator=seed(3))
+    told = sample_ddim(lambda z, t: ldm.net(z, t, e), z, ldm.schedule, kind, 10)
+    torch.testing.assert_close(ldm.sample(e, 1., seed(3), steps=10), 3 + 2*told, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['v', 'eps'])
+def test_a_classifier_is_asked_about_latents_and_followed(kind):
+    _, ldm = models(kind)
+    ldm.mean.fill_(50.); ldm.std.fill_(2.)
+    e, asked = questions(30), []
+    def log_p(z):
+        asked.append(z.detach())
+        return -(z - 52).square().sum(1)/4
+    draw = lambda eta: ldm.sample(e, 1., seed(3), log_p=log_p, eta=eta)
+    plain = ldm.sample(e, 1., seed(3))
+    assert torch.equal(draw(0.), plain)
+    guided = draw(.5)
+    assert log_p(guided).mean() > log_p(plain).mean() and not guided.requires_grad
+    assert all(z.shape == (30, Z) for z in asked) and (asked[-3] - 50).abs().mean() < 10   # in the decoder's units, not around 0
 
 
 def test_a_question_of_zeros_cannot_be_guided():
@@ -71,7 +88,7 @@ def latents():
 
 def learn(latents, **kw):
     hvae, weights, e = latents
-    return train_hyperldm(hvae, weights, e, **dict(steps=150, batch=32, hidden=(32, 32), generator=seed(5)) | kw)
+    return train_hyperldm(*hvae.encode(weights), e, **dict(steps=150, batch=32, hidden=(32, 32), generator=seed(5)) | kw)
 
 
 def test_training_repeats_itself_and_learns_the_question(latents):
@@ -102,6 +119,52 @@ def test_latents_are_normalised(latents):
     z = (draw(mu.repeat(1, 50, 1), log_var.repeat(1, 50, 1), seed(0)).flatten(0, 1) - ldm.mean)/ldm.std
     torch.testing.assert_close(z.mean(0), torch.zeros(Z), atol=.05, rtol=0)
     torch.testing.assert_close(z.std(0), torch.ones(Z), atol=.05, rtol=0)
+
+
+def test_latents_without_a_variance(latents):
+    "A generator that gives points: a log-variance of -inf is no noise, in the scale and in the draws"
+    _, weights, e = latents
+    mu = weights[..., :Z]*torch.tensor([1., 2., 3., 4.])
+    ldm, history = train_hyperldm(mu, torch.full_like(mu, -torch.inf), e, steps=150, batch=32, hidden=(32, 32), generator=seed(5))
+    torch.testing.assert_close(ldm.mean, mu.mean((0, 1))); torch.testing.assert_close(ldm.std, mu.var((0, 1)).sqrt())
+    z = ldm.sample(e, 1., seed(6))
+    assert torch.isfinite(z).all() and torch.isfinite(torch.tensor(history)).all() and sum(history[-30:]) < sum(history[:30])
+    assert z[:20].mean() > z[20:].mean()
+
+
+def test_only_described_tasks_are_told_and_all_are_learned_from(latents):
+    "Questions of tasks outside `rows` are never read; their latents are, but only without a question"
+    hvae, weights, e = latents
+    mu, log_var = hvae.encode(weights)
+    fit = lambda e, mu=mu, **kw: train_hyperldm(mu, log_var, e, **dict(steps=40, batch=32, hidden=(32, 32), generator=seed(5)) | kw)
+    ldm, history = fit(e, rows=range(20))
+    unread = e.clone(); unread[20:] = 7.
+    other, same = fit(unread, rows=range(20))
+    assert history == same and all(torch.equal(a, b) for a, b in zip(ldm.state_dict().values(), other.state_dict().values()))
+    moved = mu.clone(); moved[20:] += 1
+    assert fit(e, moved, rows=range(20))[1] != history     # the untold half has seen them
+    torch.testing.assert_close(fit(e, moved, rows=range(20))[0].mean, moved.mean((0, 1)))
+    everything = fit(e, rows=range(40))[1]
+    assert everything == fit(e)[1]                                 # all rows are the same as no rows
+
+
+def test_the_unconditional_half_stays_usable(latents):
+    "With γ = 0, samples are like latents of both questions, although only one was ever described"
+    hvae, weights, e = latents
+    ldm, _ = learn(latents, rows=range(20), drop=.5, steps=400)
+    true = hvae.encode(weights)[0].mean(1)
+    centres = torch.stack([true[:20].mean(0), true[20:].mean(0)])
+    second = lambda gamma: (torch.cdist(ldm.sample(e[:1].repeat(200, 1), gamma, seed(6)), centres).argmin(1) == 1).float().mean()
+    assert .25 < second(0.) < .75 and second(1.) < .1
+
+
+def test_regression_finds_the_mean():
+    mu = torch.tensor([[[-1.], [1.]], [[1.], [3.]], [[50.], [50.]]])
+    e = torch.eye(3); e[2] = torch.nan                             # not described, never read
+    fit = lambda: train_regression(mu, e, rows=[0, 1], steps=300, lr=1e-2, hidden=(16,), generator=seed(1))
+    (net, history), (again, same) = fit(), fit()
+    torch.testing.assert_close(net(e[:2]).flatten(), torch.tensor([0., 2.]), atol=.05, rtol=0)
+    assert history == same and torch.equal(net(e[:2]), again(e[:2])) and history[-1] < history[0]
 
 
 def test_the_gate_and_the_condition_are_used():
