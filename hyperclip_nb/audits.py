@@ -6,7 +6,7 @@
 __all__ = ['TOLD', 'descriptions', 'write', 'text_audit', 'text_figure', 'nearest', 'mistakes', 'overlap', 'candidates',
            'memory_audit', 'memory_figure']
 
-# %% ../nbs/17_audits.ipynb #058f4348
+# %% ../nbs/17_audits.ipynb #26826c72
 import numpy as np, pandas as pd, seaborn as sns, torch, torch.nn.functional as F
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ from .adapter import Adapter
 from .adapt import adapt_all, evaluate
 from .experiments import METHODS, Lab, Models, bootstrap, generator, write_weights
 
-# %% ../nbs/17_audits.ipynb #4ba63a0f
+# %% ../nbs/17_audits.ipynb #969b05f0
 def descriptions(tasks:list, rng:np.random.Generator)->dict: # kind -> list of strings
     "Five descriptions of each task: its own question, another wording, another task's question, words at random, none"
     words, other = sorted(vocabulary()), []
@@ -27,7 +27,7 @@ def descriptions(tasks:list, rng:np.random.Generator)->dict: # kind -> list of s
     return dict(true=[t.question for t in tasks], paraphrased=[_other_wording(t.question, rng) for t in tasks], shuffled=other,
                 random=[' '.join(rng.choice(words, len(t.question.split()))) for t in tasks], empty=[''] * len(tasks))
 
-# %% ../nbs/17_audits.ipynb #bfc6f23c
+# %% ../nbs/17_audits.ipynb #cf7eb81c
 def _other_wording(question, rng):
     "A paraphrase by the world's grammar; the question itself where it is not of this world"
     concept = read(question)
@@ -35,7 +35,7 @@ def _other_wording(question, rng):
     wordings = [spell(concept, k)[0] for k in range(len(ASKS[concept.ask][0]))]
     return rng.choice([w for w in wordings if w != question])
 
-# %% ../nbs/17_audits.ipynb #a8da5e47
+# %% ../nbs/17_audits.ipynb #908d714c
 TOLD = 'cond-multitask', 'hnet-hyperldm', 'hvae-hyperldm'
 
 def write(m:Models, slug:str, e:Tensor)->Tensor: # (T,D) -> (T,P)
@@ -58,22 +58,22 @@ def text_audit(lab:Lab, seeds=(0,), methods=TOLD, part:str='test')->pd.DataFrame
     return pd.DataFrame([dict(method=slug, description=kind, accuracy=a.mean(), **interval(a), difference=difference(slug, kind).mean(),
                               **{f'difference_{k}': v for k, v in interval(difference(slug, kind)).items()}) for (slug, kind), a in sorted(mean.items(), key=lambda i: methods.index(i[0][0]))])
 
-# %% ../nbs/17_audits.ipynb #e57fb876
+# %% ../nbs/17_audits.ipynb #35cb1342
 def text_figure(audit:pd.DataFrame)->Figure:
-    "Accuracy with each kind of description, a panel for each method, with intervals over concepts"
-    methods = list(dict.fromkeys(audit.method)); fig, axs = plt.subplots(1, len(methods), figsize=(3*len(methods) + 1, 2.6), sharex=True, sharey=True, squeeze=False)
+    "What each kind of description costs against the true one, a panel for each method, with intervals over concepts"
+    methods = list(dict.fromkeys(audit.method)); fig, axs = plt.subplots(1, len(methods), figsize=(3*len(methods) + 1, 2.7), sharex=True, sharey=True, squeeze=False)
     for ax, slug in zip(axs[0], methods):
         a = audit[audit.method == slug].reset_index()
-        ax.axvline(a.accuracy[0], color='.6', ls=':', lw=1)
-        ax.errorbar(a.accuracy, a.index, xerr=[a.accuracy - a.low, a.high - a.accuracy], fmt='o', ms=5, color='C0', lw=1.4)
-        ax.set(title=METHODS[slug].name, xlabel='test accuracy (%)', yticks=a.index, yticklabels=a.description)
+        ax.axvline(0, color='.5', ls=':', lw=1)
+        ax.errorbar(a.difference, a.index, xerr=[a.difference - a.difference_low, a.difference_high - a.difference], fmt='o', ms=5, color='C0', lw=1.4)
+        ax.set(title=f'{METHODS[slug].name}\n(true: {a.accuracy[0]:.1f} %)', xlabel='accuracy, points', yticks=a.index, yticklabels=a.description)
     axs[0, 0].invert_yaxis(); sns.despine(fig); fig.tight_layout()
     return fig
 
-# %% ../nbs/17_audits.ipynb #3bae9628
+# %% ../nbs/17_audits.ipynb #fe78a99c
 def nearest(W:Tensor, training:Tensor)->tuple: # (T,P), (M,P) -> (T,) distances, (T,) which
     "Distance of each network to the nearest training network"
-    return torch.cdist(W, training).min(1)
+    return torch.cdist(W, training, compute_mode='donot_use_mm_for_euclid_dist').min(1)
 
 def mistakes(adapter:Adapter, W:Tensor, data:TaskData)->list: # (T,P) -> of bool arrays (images,)
     "For each task, which of its query images its network gets wrong"
@@ -85,7 +85,7 @@ def overlap(a:list, b:list)->np.ndarray: # (T,) from 0 to 1
     "Of the images that one of two networks gets wrong, the share that both do; NaN where neither makes a mistake"
     return np.array([(x & y).sum()/(x | y).sum() if (x | y).any() else np.nan for x, y in zip(a, b)])
 
-# %% ../nbs/17_audits.ipynb #6f8652e7
+# %% ../nbs/17_audits.ipynb #899915ff
 @torch.no_grad()
 def candidates(m:Models)->dict: # name -> (T,P)
     "Networks for the test tasks from stores, from generators, and from the tasks' own images"
@@ -115,7 +115,7 @@ def memory_audit(lab:Lab, seeds=(0,))->pd.DataFrame: # a row for each candidate,
             out.append(pd.DataFrame(dict(candidate=name, seed=seed, task=range(len(test)), distance=(distance/typical).cpu().numpy(), overlap=same, accuracy=evaluate(lab.adapter, W, test))))
     return pd.concat(out, ignore_index=True)
 
-# %% ../nbs/17_audits.ipynb #521b9cbe
+# %% ../nbs/17_audits.ipynb #eecb0ed6
 def memory_figure(audit:pd.DataFrame)->Figure:
     "Distance to the nearest training network, and overlap of mistakes with it, for each candidate"
     fig, axs = plt.subplots(1, 2, figsize=(9, 2.9), sharey=True); names = list(dict.fromkeys(audit.candidate))

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['classifier_free', 'classifier_guided']
 
-# %% ../nbs/13_cfg.ipynb #f1c731a6
+# %% ../nbs/13_cfg.ipynb #d11cb8bd
 import torch
 from torch import Tensor
 from .ddpm import Schedule, split_prediction
 
-# %% ../nbs/13_cfg.ipynb #5329c524
+# %% ../nbs/13_cfg.ipynb #541a3fa8
 def classifier_free(net,      # noise network, net(z, t, e)
                     e:Tensor, # (B,D); zeros stand for no question
                     gamma:float):
@@ -21,7 +21,7 @@ def classifier_free(net,      # noise network, net(z, t, e)
         return (1 - gamma)*without + gamma*told
     return model
 
-# %% ../nbs/13_cfg.ipynb #d6064777
+# %% ../nbs/13_cfg.ipynb #f175ba5b
 def classifier_guided(model,     # model(z, t) gives a prediction shaped like z
                       log_p,     # a classifier of clean latents: log p(e|z) (B,) of (B,Z)
                       eta:float, # weight of the classifier

@@ -1,9 +1,10 @@
 "A HyperLDM obeys its guidance scale, its classifier and its seed, learns from tasks without a question, and a file that is not one is refused in one line, with nothing left behind."
-import os, pytest, torch
+import math, os, pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from hyperclip_nb import hyperldm as module
 from hyperclip_nb.adapter import Adapter
 from hyperclip_nb.ddpm import sample_ddim
 from hyperclip_nb.hvae import HVAE, draw, kl_divergence
@@ -265,3 +266,20 @@ def test_nothing_half_written(saved, monkeypatch):
     monkeypatch.setattr(os, 'replace', fail)
     with pytest.raises(OSError): save_hyperldm(path, adapter, hvae, ldm, 'def')
     assert path.read_bytes() == before and [f.name for f in path.parent.iterdir()] == [path.name]
+
+
+def test_latents_are_drawn_and_only_described_tasks_are_told(monkeypatch):
+    "What the noise network is given: latents drawn anew around their means, the right question with each, and questions of `rows` alone"
+    n, z, heard, loss = 8, [], [], module.diffusion_loss
+    def recorded(net, z0, schedule, kind, generator, e):
+        z.append(z0); heard.append(e)
+        return loss(net, z0, schedule, kind, generator, e)
+    monkeypatch.setattr(module, 'diffusion_loss', recorded)
+    mu, e, spread = 10.*torch.arange(n)[:, None, None].expand(n, 1, Z), questions(n), .5
+    ldm, _ = train_hyperldm(mu, torch.full_like(mu, 2*math.log(spread)), e, rows=[1, 3], steps=40, batch=32, hidden=(8,), drop=.5, generator=seed(5))
+    z, heard = torch.cat(z)*ldm.std + ldm.mean, torch.cat(heard)
+    task, told = (z.mean(1)/10).round().long(), heard.any(1)
+    off = z - 10.*task[:, None]
+    torch.testing.assert_close(off.std(), torch.tensor(spread), atol=.02, rtol=0); assert len(z.unique(dim=0)) == len(z)
+    assert set(task[told].tolist()) == {1, 3} and set(task[~told].tolist()) == set(range(n))
+    assert torch.equal(heard[told], e[task[told]]) and .4 < told.float().mean() < .6
