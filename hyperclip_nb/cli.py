@@ -6,7 +6,7 @@
 __all__ = ['app', 'console', 'audit', 'OUT', 'SEEDS', 'DEVICE', 'SHIPPED', 'main', 'reproduce', 'audit_text', 'audit_memory',
            'ask', 'train_clip']
 
-# %% ../nbs/18_cli.ipynb #2efa2083
+# %% ../nbs/18_cli.ipynb #293d9410
 import json as json_, os, sys
 from pathlib import Path
 from typing import Optional
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-# %% ../nbs/18_cli.ipynb #8b159736
+# %% ../nbs/18_cli.ipynb #3c69e06c
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help='Write the weights of a small network from a question in words.')
 console = Console()
@@ -39,7 +39,7 @@ def _numbers(text:str)->tuple:
     try: return tuple(float(x) for x in text.split(','))
     except ValueError: raise ValueError(f'give numbers with commas between them, such as 0,1,1.5, not {text!r}') from None
 
-# %% ../nbs/18_cli.ipynb #cec552b4
+# %% ../nbs/18_cli.ipynb #3014209e
 def _tracker(progress):
     "A progress bar for the stage at work; it goes when the stage is done"
     def track(steps, what):
@@ -62,18 +62,11 @@ def _methods(text:str, preset:str)->tuple:
 def _print(frame, title, note=''):
     "A data frame as a table on the screen"
     table = Table(*map(str, frame.columns), title=title)
-    for row in frame.itertuples(index=False): table.add_row(*('' if x != x else f'{x:.2f}' if isinstance(x, float) else str(x) for x in row))
+    cells = [['' if x != x else f'{x:.2f}' if isinstance(x, float) else str(x) for x in row] for row in frame.itertuples(index=False)]
+    for row in cells: table.add_row(*row)
+    for column, texts in list(zip(table.columns, zip(*cells)))[1:]: column.min_width, column.no_wrap = max(map(len, texts)), True
     console.print(table)
     if note: console.print(note, highlight=False)
-
-def _summary(done):
-    "The zero-shot and few-shot lines of a summary, as a person wants to read them"
-    from hyperclip_nb.experiments import summary
-    s = summary(done.results); s = s[s.images <= 0]
-    s['method'], s['share'] = s.name + s.setting.map({'zero-shot': '', 'few-shot': ', few-shot'}), s.descriptors.map('{:.0%}'.format)
-    best = (s.setting == 'zero-shot') & s['name'].eq(f'HVAE + HyperLDM, γ = {done.gamma:g}' if done.gamma else '')
-    s.loc[best, 'method'] += ' ←'
-    return s[['method', 'share', 'valid', 'test', 'sd', 'way', 'gap', 'low', 'high']].rename(columns=dict(sd='s.d.', gap='− cond.'))
 
 @app.command()
 def reproduce(preset:str=typer.Option('default', help='smoke (two minutes) or default (the size of Meta-VQA)'),
@@ -95,10 +88,13 @@ def reproduce(preset:str=typer.Option('default', help='smoke (two minutes) or de
         done = experiments.reproduce(preset, range(seed, seed + seeds), shares, _methods(methods, preset), gammas, world_seed, out, device, clip, again,
                                      _tracker(progress), lambda text: console.print(text, highlight=False))
     figures.draw_all(done, out)
-    _print(_summary(done), f'Accuracy (%), mean over {done.results["test"].shape[1]} test tasks',
-           f'way: from CLIP to the best few-shot; − cond.: minus Cond. Multitask, with its interval; ←: the guidance scale chosen on validation tasks.\nResults, tables, figures and the trained HyperLDM are in {out}')
+    r = done.results
+    _print(experiments.table1(r).drop(columns=['paper 50%', 'paper 100%']).replace({r'\(± (.*)\)': r'±\1'}, regex=True), f'Zero-shot accuracy (%) on {r["test"].shape[1]} test tasks (s.d. over seeds), by share of descriptors')
+    few = experiments.table4(r).drop(columns='paper').rename(columns=dict(few_shot='few-shot'))
+    if len(few): _print(few, 'Accuracy (%) after 50 steps on labelled images of the task')
+    console.print(f'Guidance scale chosen on validation tasks: {done.gamma}. Results, intervals, figures and the trained HyperLDM are in {out}', highlight=False)
 
-# %% ../nbs/18_cli.ipynb #4828a68b
+# %% ../nbs/18_cli.ipynb #4b6a3a40
 audit = typer.Typer(help='Does the text matter? Is it memorised? Ask an experiment that reproduce made.', rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(audit, name='audit')
 
@@ -113,7 +109,8 @@ def audit_text(out:Path=OUT, seeds:int=SEEDS, device:str=DEVICE):
     "Accuracy with true, paraphrased, shuffled, random and empty descriptions."
     from hyperclip_nb import audits
     with _progress() as progress: found = audits.text_audit(_lab(out, progress, device), range(seeds))
-    _keep_audit(found, found, audits.text_figure(found), out/'audit-text', 'Does the text matter? Test accuracy (%), with 95 % intervals over concepts')
+    table = found[['method', 'description', 'accuracy']].assign(difference=[f'{r.difference:+.1f} [{r.difference_low:+.1f}, {r.difference_high:+.1f}]' for r in found.itertuples()])
+    _keep_audit(found, table, audits.text_figure(found), out/'audit-text', 'Does the text matter? Test accuracy (%), and its difference to the true description')
 
 @audit.command('memory')
 def audit_memory(out:Path=OUT, seeds:int=SEEDS, device:str=DEVICE):
@@ -130,7 +127,7 @@ def _keep_audit(found, table, figure, path, title):
     write_whole(path.with_suffix('.csv'), found.to_csv(index=False, float_format='%.4f')); save_figure(figure, path)
     _print(table, title, f'The audit and its figure are in {path}.csv, .png and .svg')
 
-# %% ../nbs/18_cli.ipynb #ae618d19
+# %% ../nbs/18_cli.ipynb #87b731cd
 def _question(question:str, answers:Optional[str]): # -> Concept or None, statement prompt, list of answers
     "Turn a question into a statement with a gap, and find what may fill it"
     from hyperclip_nb import world
@@ -164,7 +161,7 @@ def _example(concept, seed:int, path:Path):
     data = io.BytesIO(); picture.save(data, 'PNG'); write_whole(path, data.getvalue())
     return picture, concept and world.answers(concept.ask)[right[sensible[0]]]
 
-# %% ../nbs/18_cli.ipynb #3a2e11b9
+# %% ../nbs/18_cli.ipynb #23485c59
 SHIPPED = Path(__file__).parent/'assets'/'hyperldm.safetensors' if '__file__' in globals() else Path('../hyperclip_nb/assets/hyperldm.safetensors').resolve()
 
 @app.command()
@@ -205,7 +202,7 @@ def ask(question:str=typer.Argument(help='such as "What color is the large star?
     if json: print(json_.dumps(said))
     else: _say(said)
 
-# %% ../nbs/18_cli.ipynb #8b47787f
+# %% ../nbs/18_cli.ipynb #2e9abe4f
 def _say(said:dict):
     "Print ranked answers, the ten likeliest"
     table = Table('answer', 'probability', '', title=said['question'])
@@ -215,7 +212,7 @@ def _say(said:dict):
     if 'right' in said: console.print(f'The right answer is {said["right"]}; the scene is in {said["image"]}', highlight=False)
     if 'weights' in said: console.print(f'The network is in {said["weights"]}', highlight=False)
 
-# %% ../nbs/18_cli.ipynb #e39e203b
+# %% ../nbs/18_cli.ipynb #54de3a1a
 @app.command()
 def train_clip(out:Path=typer.Option(..., help='file for the weights'), steps:int=typer.Option(1500, min=100), scenes:int=typer.Option(30_000, min=200), seed:int=typer.Option(0, min=0)):
     "Train the tiny CLIP on captions of scenes."

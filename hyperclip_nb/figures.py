@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'task_figure', 'gamma_figure', 'descriptor_figure', 'few_shot_figure', 'families', 'question_figure',
            'inference_figure', 'infer', 'path_figure', 'answer_figure', 'save_figure', 'draw_all']
 
-# %% ../nbs/16_figures.ipynb #6254b6e4
+# %% ../nbs/16_figures.ipynb #cedc7d83
 import io
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, seaborn as sns, torch
@@ -19,7 +19,7 @@ from .hyperclip import found_at, infer_task
 from .guidance import guide
 from .experiments import Experiment, METHODS, summary, write_weights
 
-# %% ../nbs/16_figures.ipynb #d7b62a84
+# %% ../nbs/16_figures.ipynb #5f59fd53
 def task_figure(task:Task, scenes:Scenes, n:int=6)->Figure:
     "A question over some of its images, each with the right answer (Figure 4)"
     n = min(n, len(task.support))
@@ -29,53 +29,54 @@ def task_figure(task:Task, scenes:Scenes, n:int=6)->Figure:
     fig.suptitle(task.question, fontsize=12); fig.tight_layout()
     return fig
 
-# %% ../nbs/16_figures.ipynb #22ecaddc
+# %% ../nbs/16_figures.ipynb #8d52eae6
 COLORS = dict(zip(('hvae-hyperldm', 'cond-multitask', 'hnet-hyperldm', 'multitask', 'clip', 'cond-film', 'mnet-maml', 'cond-hnet-maml', 'hvae-regression'), sns.color_palette('colorblind')))
 
 def _line(ax, x, mean, sd, slug, label, **kw):
     ax.plot(x, mean, color=COLORS[slug], label=label, **kw)
     ax.fill_between(x, mean - sd.fillna(0), mean + sd.fillna(0), color=COLORS[slug], alpha=.15, lw=0)
 
-def _level(ax, at, slug, label, ls='--'):
-    "A horizontal line with its name at the right end"
-    ax.axhline(at, color=COLORS[slug], ls=ls, lw=1.2)
-    ax.annotate(label, (1, at), xycoords=('axes fraction', 'data'), xytext=(4, 0), textcoords='offset points', va='center', fontsize=7, color=COLORS[slug])
+def _levels(ax, at): # slug -> accuracy
+    "Horizontal lines with their names at the right end, moved apart where they would overlap"
+    low, high = ax.get_ylim(); low, high = min(low, *at.values()), max(high, *at.values()); y = -np.inf
+    for slug, level in sorted(at.items(), key=lambda x: x[1]):
+        y = max(level, y + .045*(high - low))
+        ax.axhline(level, color=COLORS[slug], ls='--', lw=1.2)
+        ax.annotate(METHODS[slug].name, (1.01, y), xycoords=('axes fraction', 'data'), va='center', fontsize=7, color=COLORS[slug])
 
-# %% ../nbs/16_figures.ipynb #08111d5c
+# %% ../nbs/16_figures.ipynb #65a536f1
 def gamma_figure(results:dict)->Figure:
     "Zero-shot accuracy of HyperLDM over the guidance scale, with all descriptors (Figure 5 A)"
     s = summary(results); s = s[s.descriptors == 1]
     zero, fig = s[(s.setting == 'zero-shot') & (s.samples == 1) & (s.eta < 0)], plt.figure(figsize=(5.6, 3.6))
     ax = fig.subplots()
-    for slug in ('clip', 'multitask', 'cond-multitask'):
-        for at in zero[zero.method == slug].test: _level(ax, at, slug, METHODS[slug].name)
     for slug in ('hvae-hyperldm', 'hnet-hyperldm'):
         c = zero[zero.method == slug].sort_values('gamma')
         if len(c): _line(ax, c.gamma, c.test, c.sd, slug, METHODS[slug].name, marker='o', ms=4)
+    _levels(ax, {slug: at for slug in ('clip', 'multitask', 'cond-multitask') for at in zero[zero.method == slug].test})
     ax.set(xlabel='guidance scale γ', ylabel='zero-shot accuracy (%)', title=f'{_seeds(zero)} on {results["test"].shape[1]} test tasks'); ax.legend(fontsize=8, loc='best')
     sns.despine(fig)
     return fig
 
-# %% ../nbs/16_figures.ipynb #6d0e9e00
+# %% ../nbs/16_figures.ipynb #ae4e8b70
 def _seeds(s): return f'{int(s.seeds.max())} seed{"s" if s.seeds.max() > 1 else ""}'
 
-# %% ../nbs/16_figures.ipynb #01d79780
+# %% ../nbs/16_figures.ipynb #0e7189f0
 def descriptor_figure(results:dict, gamma:float=1.5)->Figure:
     "Zero-shot accuracy when only a share of the training tasks comes with its question (Figure 5 B)"
     s = summary(results); s = s[(s.setting == 'zero-shot') & (s.samples == 1) & (s.eta < 0) & s.gamma.isin([-1, gamma])]
     fig = plt.figure(figsize=(5.6, 3.6)); ax = fig.subplots()
-    for slug in ('clip', 'multitask'):
-        for at in s[s.method == slug].test: _level(ax, at, slug, METHODS[slug].name)
     for slug, ls in (('cond-multitask', '--'), ('cond-film', '--'), ('cond-hnet-maml', '--'), ('hnet-hyperldm', '-'), ('hvae-hyperldm', '-')):
         c = s[s.method == slug].sort_values('descriptors')
-        if len(c): _line(ax, range(len(c)), c.test, c.sd, slug, METHODS[slug].name + f', γ = {gamma:g}'*(c.gamma.max() > 0), marker='o', ms=4, ls=ls)
+        if len(c): _line(ax, range(len(c)), c.test, c.sd, slug, METHODS[slug].name + f', γ = {gamma:g}'*bool(c.gamma.max() > 0), marker='o', ms=4, ls=ls)
+    _levels(ax, {slug: at for slug in ('clip', 'multitask') for at in s[s.method == slug].test})
     shares = sorted(s[s.method.map(lambda m: METHODS[m].told)].descriptors.unique())
     ax.set(xlabel='training tasks that come with their question', ylabel='zero-shot accuracy (%)', xticks=range(len(shares)), xticklabels=[f'{d:.0%}' for d in shares],
            title=f'{_seeds(s)} on {results["test"].shape[1]} test tasks'); ax.legend(fontsize=7, loc='best')
     sns.despine(fig)
     return fig
 
-# %% ../nbs/16_figures.ipynb #001b09f1
+# %% ../nbs/16_figures.ipynb #7e3ba1a0
 def few_shot_figure(results:dict)->Figure:
     "Accuracy over the number of support images a task may learn from, from several starts"
     s = summary(results); s = s[(s.descriptors == 1) & (s.samples == 1) & (s.eta < 0) & s.gamma.isin([-1, 1.5])]
@@ -93,7 +94,7 @@ def few_shot_figure(results:dict)->Figure:
     sns.despine(fig)
     return fig
 
-# %% ../nbs/16_figures.ipynb #6a4785d3
+# %% ../nbs/16_figures.ipynb #ba4e04b2
 def families(tasks:list)->np.ndarray: # of strings
     "The family of each task's question: color, count, place, …; 'other' where it is not a question about this world"
     concepts = [read(t.question) for t in tasks]
@@ -105,7 +106,7 @@ def question_figure(e:Tensor, tasks:list)->Figure: # (T,D)
     xy = umap.UMAP(metric='cosine', random_state=0, n_jobs=1).fit_transform(e.cpu().numpy())
     return _scatter(xy, families(tasks), 'Task embeddings (UMAP)')
 
-# %% ../nbs/16_figures.ipynb #fa6f7bb0
+# %% ../nbs/16_figures.ipynb #b06ab806
 def _scatter(xy, family, title):
     fig = plt.figure(figsize=(6, 4.2)); ax = fig.subplots()
     names = sorted(set(family))
@@ -113,7 +114,7 @@ def _scatter(xy, family, title):
     ax.set(title=title, xticks=[], yticks=[]); ax.legend(fontsize=8, markerscale=2, frameon=False, loc='center left', bbox_to_anchor=(1, .5)); sns.despine(fig, left=True, bottom=True)
     return fig
 
-# %% ../nbs/16_figures.ipynb #5a09ae0d
+# %% ../nbs/16_figures.ipynb #58d9f3d1
 def inference_figure(scores:Tensor, tasks:list)->Figure: # (T,T) cosines of networks and questions
     "Which question fits which network? Sorted by family (Figure 3 C)"
     family = families(tasks); order = np.argsort(family, kind='stable')
@@ -122,9 +123,9 @@ def inference_figure(scores:Tensor, tasks:list)->Figure: # (T,T) cosines of netw
     picture = ax.imshow(scores.cpu().numpy()[order][:, order], cmap='magma', interpolation='nearest'); fig.colorbar(picture, ax=ax, label='cosine', shrink=.8)
     ends = np.flatnonzero(np.r_[True, family[order][1:] != family[order][:-1], True])
     for at in ends[1:-1]: ax.axhline(at - .5, color='w', lw=.5); ax.axvline(at - .5, color='w', lw=.5)
-    middle = (ends[1:] + ends[:-1])/2 - .5
+    wide = np.diff(ends) > .03*len(family); middle = ((ends[1:] + ends[:-1])/2 - .5)[wide]; names = family[order][ends[:-1]][wide]
     ax.set(xticks=middle, yticks=middle, xlabel='questions', ylabel='networks', title=f'right: {(rank <= 1).float().mean():.1%} first, {(rank <= 5).float().mean():.1%} among five (chance {1/len(rank):.1%}, {5/len(rank):.1%})')
-    ax.set_xticklabels(family[order][ends[:-1]], fontsize=7, rotation=60, ha='right', rotation_mode='anchor'); ax.set_yticklabels(family[order][ends[:-1]], fontsize=7)
+    ax.set_xticklabels(names, fontsize=7, rotation=45, ha='right', rotation_mode='anchor'); ax.set_yticklabels(names, fontsize=7)
     ax.title.set_fontsize(10); fig.tight_layout()
     return fig
 
@@ -134,25 +135,28 @@ def infer(done:Experiment)->Tensor: # (T,T)
     W = adapt_all(done.lab.adapter, m.multitask, test, test.is_support, **{k: v for k, v in done.lab.preset['weights'].items() if k != 'splits'})
     return infer_task(m.hyperclip, W, test.e)
 
-# %% ../nbs/16_figures.ipynb #25ac1baf
+# %% ../nbs/16_figures.ipynb #961609f3
 def path_figure(done:Experiment, questions:int=5)->Figure:
-    "Latents of training tasks in two principal components, with guidance paths of some test questions"
+    "Latents of training tasks in the two directions in which families differ most, with guidance paths of some test questions"
     m, train, test = done.models(), done.lab.data['train'], done.lab.data['test']
     mu = m.hvae.encode(m.weights)[0].mean(1)
-    centre, (_, _, V) = mu.mean(0), torch.linalg.svd(mu - mu.mean(0), full_matrices=False)
-    flat = lambda z: ((z - centre)@V[:2].T).cpu().numpy()
-    family = families(test.tasks)
+    learned, family = families(train.tasks), families(test.tasks)
+    means = torch.stack([mu[torch.as_tensor(learned == name)].mean(0) for name in sorted(set(learned))])
+    V = torch.linalg.svd(means - means.mean(0), full_matrices=False).Vh
+    flat = lambda z: ((z - mu.mean(0))@V[:2].T).cpu().numpy()
     rows = [int(np.flatnonzero(family == name)[0]) for name in sorted(set(family))][:questions]
     z0 = m.hvae.encode(m.multitask)[0].expand(len(rows), -1)
-    path = flat(guide(m.hyperclip, m.hvae.decode, z0, test.e[rows], steps=40, lr=.1, penalty=.01))
-    fig = _scatter(flat(mu), families(train.tasks), 'Latents of adapted networks, and guided ways'); ax = fig.axes[0]
-    names = sorted(set(families(train.tasks))); colors = dict(zip(names, sns.color_palette('colorblind', len(names))))
-    for way, row in zip(path.transpose(1, 0, 2), rows):
-        ax.plot(*way.T, color='k', lw=2.6); ax.plot(*way.T, color=colors.get(family[row], 'w'), lw=1.4)
-        ax.annotate(test.tasks[row].question, way[-1], xytext=(0, 6), textcoords='offset points', fontsize=7, ha='center', bbox=dict(fc='w', ec='none', alpha=.75, pad=.6))
+    path = flat(guide(m.hyperclip, m.hvae.decode, z0, test.e[rows], steps=150, lr=.05, penalty=0.))
+    fig = _scatter(flat(mu), learned, 'Latents of adapted networks, and guided ways'); ax = fig.axes[0]
+    names = sorted(set(learned)); colors = dict(zip(names, sns.color_palette('colorblind', len(names))))
+    for k, (way, row) in enumerate(zip(path.transpose(1, 0, 2), rows)):
+        ax.plot(*way.T, color='k', lw=2.6, zorder=3); ax.plot(*way.T, color=colors.get(family[row], 'w'), lw=1.4, zorder=3)
+        ax.annotate(str(k + 1), way[-1], fontsize=8, weight='bold', ha='center', va='center', zorder=4, bbox=dict(boxstyle='circle', fc='w', ec=colors.get(family[row], 'k'), pad=.25))
+    ax.plot(*path[0, 0], 'k*', ms=9, zorder=4)
+    ax.text(0, -.03, '\n'.join(['★ the start of all'] + [f'{k + 1}: {test.tasks[row].question}' for k, row in enumerate(rows)]), transform=ax.transAxes, fontsize=7, va='top')
     return fig
 
-# %% ../nbs/16_figures.ipynb #c78b74ea
+# %% ../nbs/16_figures.ipynb #86b8e9ef
 @torch.no_grad()
 def answer_figure(done:Experiment, rows:list, # numbers of test tasks
                   n:int=5)->Figure:
@@ -173,10 +177,10 @@ def answer_figure(done:Experiment, rows:list, # numbers of test tasks
                 ax.text(.5, 1.15 - .12*k, f'{"all tasks" if k == 0 else "written"}: {task.answers[guess[i, j]]}', transform=ax.transAxes,
                         ha='center', fontsize=8, color='tab:green' if right else 'tab:red')
         axes[0].text(0, 1.3, task.question, transform=axes[0].transAxes, fontsize=10, weight='bold')
-    fig.tight_layout()
+    fig.subplots_adjust(hspace=.75, wspace=.35)
     return fig
 
-# %% ../nbs/16_figures.ipynb #1209b7f5
+# %% ../nbs/16_figures.ipynb #6e820d66
 def save_figure(fig:Figure, path):
     "Write a figure as PNG and as SVG beside each other, each whole or not at all, and close it"
     for kind in ('png', 'svg'):

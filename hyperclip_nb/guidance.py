@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['fit_to_question', 'guide']
 
-# %% ../nbs/11_guidance.ipynb #ee9c872e
+# %% ../nbs/11_guidance.ipynb #f6297259
 import torch, torch.nn.functional as F
 from torch import Tensor
 from .hyperclip import HyperCLIP
 
-# %% ../nbs/11_guidance.ipynb #ebd8f477
+# %% ../nbs/11_guidance.ipynb #117b39dc
 def fit_to_question(net:HyperCLIP, W:Tensor, e:Tensor)->Tensor: # (T,P), (T,D) -> (T,)
     "Cosine of each network with its own question"
     return (net(W)*F.normalize(e, dim=-1)).sum(-1)

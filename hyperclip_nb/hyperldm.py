@@ -6,7 +6,7 @@
 __all__ = ['train_regression', 'time_embedding', 'Block', 'NoiseNet', 'HyperLDM', 'train_hyperldm', 'save_hyperldm',
            'load_hyperldm']
 
-# %% ../nbs/14_hyperldm.ipynb #8d992927
+# %% ../nbs/14_hyperldm.ipynb #f48321bd
 import copy, json, math, torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -17,7 +17,7 @@ from .hvae import HVAE, draw, mlp
 from .ddpm import diffusion_loss, linear_schedule, sample_ddim
 from .cfg import classifier_free, classifier_guided
 
-# %% ../nbs/14_hyperldm.ipynb #a12af3cc
+# %% ../nbs/14_hyperldm.ipynb #3348e6f8
 def train_regression(mu:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights; (T,D) task embeddings
                      rows=None,           # tasks whose descriptor is known; all where None
                      steps:int=400, batch:int=128, lr:float=1e-3, hidden:tuple=(256, 256),
@@ -36,7 +36,7 @@ def train_regression(mu:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights; 
         history.append(loss.item())
     return net.eval().requires_grad_(False), history
 
-# %% ../nbs/14_hyperldm.ipynb #6724db5f
+# %% ../nbs/14_hyperldm.ipynb #ba71c52c
 def time_embedding(t:Tensor, # (B,) steps
                    width:int=150)->Tensor: # (B,width)
     "Sines and cosines of the step at `width/2` frequencies, falling from 1 to about 1/10,000"
@@ -44,7 +44,7 @@ def time_embedding(t:Tensor, # (B,) steps
     angle = t[:, None]*frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
 
-# %% ../nbs/14_hyperldm.ipynb #6a90c41b
+# %% ../nbs/14_hyperldm.ipynb #cad7dfcc
 class Block(nn.Module):
     "A hidden layer that is told the condition, weighs its own channels (squeeze and excitation), and adds to what came in"
     def __init__(self, n_in:int, n_out:int, n_cond:int):
@@ -57,7 +57,7 @@ class Block(nn.Module):
         change = self.main(torch.cat([h, cond], 1))
         return self.shortcut(h) + self.gate(change)*change
 
-# %% ../nbs/14_hyperldm.ipynb #f9113710
+# %% ../nbs/14_hyperldm.ipynb #402e6795
 class NoiseNet(nn.Module):
     "ε(z,t,e): residual blocks, with the step and the task embedding at the input and at every hidden layer (appendix A.2)"
     def __init__(self, latent:int,                 # Z
@@ -79,7 +79,7 @@ class NoiseNet(nn.Module):
         for block in self.blocks: z = block(z, cond)
         return self.out(torch.cat([z, cond], 1))
 
-# %% ../nbs/14_hyperldm.ipynb #658a670d
+# %% ../nbs/14_hyperldm.ipynb #4e1a50a8
 class HyperLDM(nn.Module):
     "A latent diffusion model of weights: a noise network, and the scale of the latents it was trained on"
     def __init__(self, latent:int, width:int,      # Z; D, of the task embedding
@@ -102,7 +102,7 @@ class HyperLDM(nn.Module):
         if log_p: model = classifier_guided(model, lambda z: log_p(self.mean + self.std*z), eta, schedule, self.kind)
         return self.mean + self.std*sample_ddim(model, z, schedule, self.kind, steps)
 
-# %% ../nbs/14_hyperldm.ipynb #b8fc8dcc
+# %% ../nbs/14_hyperldm.ipynb #191ca625
 def train_hyperldm(mu:Tensor, log_var:Tensor, # (T,K,Z) latents of adapted weights, as mean and log-variance
                    e:Tensor,                  # (T,D) task embeddings
                    rows=None,                 # tasks whose descriptor is known; all where None
@@ -132,7 +132,7 @@ def train_hyperldm(mu:Tensor, log_var:Tensor, # (T,K,Z) latents of adapted weigh
         history.append(loss.item())
     return ldm.eval(), history
 
-# %% ../nbs/14_hyperldm.ipynb #63f0058e
+# %% ../nbs/14_hyperldm.ipynb #ab9de0f3
 def save_hyperldm(path, adapter:Adapter, hvae:HVAE, ldm:HyperLDM,
                   clip:str,  # fingerprint of the CLIP that makes task embeddings
                   **facts):  # what else should be known about it

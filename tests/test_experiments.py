@@ -89,7 +89,7 @@ def test_tables(done):
     assert t1.set_index('method')['50%']['CLIP as Base Model'] == ''
     assert t4.few_shot.ne('').all() and len(t4) == len(GRID['methods'])
     files = {f.name for f in done[1].iterdir()}
-    assert files >= {'results.json', 'results.csv', 'per_task.safetensors', 'table1.md', 'table1.csv', 'table4.md', 'table4.csv', 'hyperldm.safetensors', 'config.json'}
+    assert files >= {'results.json', 'results.csv', 'per_task.safetensors', 'table1.md', 'table1.csv', 'table4.md', 'table4.csv', 'summary.csv', 'hyperldm.safetensors', 'config.json'}
 
 
 def test_results_say_what_made_them(done):
