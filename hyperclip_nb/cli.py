@@ -6,7 +6,7 @@
 __all__ = ['app', 'console', 'audit', 'OUT', 'SEEDS', 'DEVICE', 'SHIPPED', 'main', 'reproduce', 'audit_text', 'audit_memory',
            'ask', 'train_clip']
 
-# %% ../nbs/18_cli.ipynb #293d9410
+# %% ../nbs/18_cli.ipynb #ae039d50
 import json as json_, os, sys
 from pathlib import Path
 from typing import Optional
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-# %% ../nbs/18_cli.ipynb #3c69e06c
+# %% ../nbs/18_cli.ipynb #9cc7ef99
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help='Write the weights of a small network from a question in words.')
 console = Console()
@@ -39,7 +39,7 @@ def _numbers(text:str)->tuple:
     try: return tuple(float(x) for x in text.split(','))
     except ValueError: raise ValueError(f'give numbers with commas between them, such as 0,1,1.5, not {text!r}') from None
 
-# %% ../nbs/18_cli.ipynb #3014209e
+# %% ../nbs/18_cli.ipynb #1d2f4e76
 def _tracker(progress):
     "A progress bar for the stage at work; it goes when the stage is done"
     def track(steps, what):
@@ -94,7 +94,7 @@ def reproduce(preset:str=typer.Option('default', help='smoke (two minutes) or de
     if len(few): _print(few, 'Accuracy (%) after 50 steps on labelled images of the task')
     console.print(f'Guidance scale chosen on validation tasks: {done.gamma}. Results, intervals, figures and the trained HyperLDM are in {out}', highlight=False)
 
-# %% ../nbs/18_cli.ipynb #4b6a3a40
+# %% ../nbs/18_cli.ipynb #053d4659
 audit = typer.Typer(help='Does the text matter? Is it memorised? Ask an experiment that reproduce made.', rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(audit, name='audit')
 
@@ -127,7 +127,7 @@ def _keep_audit(found, table, figure, path, title):
     write_whole(path.with_suffix('.csv'), found.to_csv(index=False, float_format='%.4f')); save_figure(figure, path)
     _print(table, title, f'The audit and its figure are in {path}.csv, .png and .svg')
 
-# %% ../nbs/18_cli.ipynb #87b731cd
+# %% ../nbs/18_cli.ipynb #d0594bea
 def _question(question:str, answers:Optional[str]): # -> Concept or None, statement prompt, list of answers
     "Turn a question into a statement with a gap, and find what may fill it"
     from hyperclip_nb import world
@@ -161,7 +161,7 @@ def _example(concept, seed:int, path:Path):
     data = io.BytesIO(); picture.save(data, 'PNG'); write_whole(path, data.getvalue())
     return picture, concept and world.answers(concept.ask)[right[sensible[0]]]
 
-# %% ../nbs/18_cli.ipynb #23485c59
+# %% ../nbs/18_cli.ipynb #e1b512f2
 SHIPPED = Path(__file__).parent/'assets'/'hyperldm.safetensors' if '__file__' in globals() else Path('../hyperclip_nb/assets/hyperldm.safetensors').resolve()
 
 @app.command()
@@ -202,7 +202,7 @@ def ask(question:str=typer.Argument(help='such as "What color is the large star?
     if json: print(json_.dumps(said))
     else: _say(said)
 
-# %% ../nbs/18_cli.ipynb #2e9abe4f
+# %% ../nbs/18_cli.ipynb #5b1aba8d
 def _say(said:dict):
     "Print ranked answers, the ten likeliest"
     table = Table('answer', 'probability', '', title=said['question'])
@@ -212,7 +212,7 @@ def _say(said:dict):
     if 'right' in said: console.print(f'The right answer is {said["right"]}; the scene is in {said["image"]}', highlight=False)
     if 'weights' in said: console.print(f'The network is in {said["weights"]}', highlight=False)
 
-# %% ../nbs/18_cli.ipynb #54de3a1a
+# %% ../nbs/18_cli.ipynb #88d1c92f
 @app.command()
 def train_clip(out:Path=typer.Option(..., help='file for the weights'), steps:int=typer.Option(1500, min=100), scenes:int=typer.Option(30_000, min=200), seed:int=typer.Option(0, min=0)):
     "Train the tiny CLIP on captions of scenes."

@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'task_figure', 'gamma_figure', 'descriptor_figure', 'few_shot_figure', 'families', 'question_figure',
            'inference_figure', 'infer', 'path_figure', 'answer_figure', 'save_figure', 'draw_all']
 
-# %% ../nbs/16_figures.ipynb #e006ddb9
+# %% ../nbs/16_figures.ipynb #3f0b41cc
 import io
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, seaborn as sns, torch
@@ -19,7 +19,7 @@ from .hyperclip import found_at, infer_task
 from .guidance import guide
 from .experiments import Experiment, METHODS, summary, write_weights
 
-# %% ../nbs/16_figures.ipynb #ffe8a073
+# %% ../nbs/16_figures.ipynb #e87e2037
 def task_figure(task:Task, scenes:Scenes, n:int=6)->Figure:
     "A question over some of its images, each with the right answer (Figure 4)"
     n = min(n, len(task.support))
@@ -29,7 +29,7 @@ def task_figure(task:Task, scenes:Scenes, n:int=6)->Figure:
     fig.suptitle(task.question, fontsize=12); fig.tight_layout()
     return fig
 
-# %% ../nbs/16_figures.ipynb #c5533dfc
+# %% ../nbs/16_figures.ipynb #25a6d74e
 COLORS = dict(zip(('hvae-hyperldm', 'cond-multitask', 'hnet-hyperldm', 'multitask', 'clip', 'cond-film', 'mnet-maml', 'cond-hnet-maml', 'hvae-regression'), sns.color_palette('colorblind')))
 
 def _line(ax, x, mean, sd, slug, label, **kw):
@@ -44,7 +44,7 @@ def _levels(ax, at): # slug -> accuracy
         ax.axhline(level, color=COLORS[slug], ls='--', lw=1.2)
         ax.annotate(METHODS[slug].name, (1.01, y), xycoords=('axes fraction', 'data'), va='center', fontsize=7, color=COLORS[slug])
 
-# %% ../nbs/16_figures.ipynb #a414fbad
+# %% ../nbs/16_figures.ipynb #65f2b1ff
 def gamma_figure(results:dict)->Figure:
     "Zero-shot accuracy of HyperLDM over the guidance scale, at the largest share of descriptors (Figure 5 A)"
     s = summary(results); told = s.method.map(lambda m: METHODS[m].told); s = s[~told | (s.descriptors == s.descriptors[told].max())]
@@ -58,10 +58,10 @@ def gamma_figure(results:dict)->Figure:
     sns.despine(fig)
     return fig
 
-# %% ../nbs/16_figures.ipynb #676e7bdb
+# %% ../nbs/16_figures.ipynb #36975c0d
 def _seeds(s): return f'{int(s.seeds.max())} seed{"s" if s.seeds.max() > 1 else ""}'
 
-# %% ../nbs/16_figures.ipynb #58192cac
+# %% ../nbs/16_figures.ipynb #026c2f4b
 def descriptor_figure(results:dict, gamma:float=1.5)->Figure:
     "Zero-shot accuracy when only a share of the training tasks comes with its question (Figure 5 B)"
     s = summary(results); s = s[(s.setting == 'zero-shot') & (s.samples == 1) & (s.eta < 0) & s.gamma.isin([-1, gamma])]
@@ -76,7 +76,7 @@ def descriptor_figure(results:dict, gamma:float=1.5)->Figure:
     sns.despine(fig)
     return fig
 
-# %% ../nbs/16_figures.ipynb #609dad5f
+# %% ../nbs/16_figures.ipynb #d2feb457
 def few_shot_figure(results:dict)->Figure:
     "Accuracy over the number of support images a task may learn from, from several starts"
     s = summary(results); s = s[(s.descriptors == 1) & (s.samples == 1) & (s.eta < 0) & s.gamma.isin([-1, 1.5])]
@@ -94,7 +94,7 @@ def few_shot_figure(results:dict)->Figure:
     sns.despine(fig)
     return fig
 
-# %% ../nbs/16_figures.ipynb #f84cd070
+# %% ../nbs/16_figures.ipynb #84789f8b
 def families(tasks:list)->np.ndarray: # of strings
     "The family of each task's question: color, count, place, …; 'other' where it is not a question about this world"
     concepts = [read(t.question) for t in tasks]
@@ -106,7 +106,7 @@ def question_figure(e:Tensor, tasks:list)->Figure: # (T,D)
     xy = umap.UMAP(metric='cosine', random_state=0, n_jobs=1).fit_transform(e.cpu().numpy())
     return _scatter(xy, families(tasks), 'Task embeddings (UMAP)')
 
-# %% ../nbs/16_figures.ipynb #147bbe9a
+# %% ../nbs/16_figures.ipynb #a3608d15
 def _scatter(xy, family, title):
     fig = plt.figure(figsize=(6, 4.2)); ax = fig.subplots()
     names = sorted(set(family))
@@ -114,7 +114,7 @@ def _scatter(xy, family, title):
     ax.set(title=title, xticks=[], yticks=[]); ax.legend(fontsize=8, markerscale=2, frameon=False, loc='center left', bbox_to_anchor=(1, .5)); sns.despine(fig, left=True, bottom=True)
     return fig
 
-# %% ../nbs/16_figures.ipynb #1745afd6
+# %% ../nbs/16_figures.ipynb #6550c5d9
 def inference_figure(scores:Tensor, tasks:list)->Figure: # (T,T) cosines of networks and questions
     "Which question fits which network? Sorted by family (Figure 3 C)"
     family = families(tasks); order = np.argsort(family, kind='stable')
@@ -135,7 +135,7 @@ def infer(done:Experiment)->Tensor: # (T,T)
     W = adapt_all(done.lab.adapter, m.multitask, test, test.is_support, **{k: v for k, v in done.lab.preset['weights'].items() if k != 'splits'})
     return infer_task(m.hyperclip, W, test.e)
 
-# %% ../nbs/16_figures.ipynb #97ef32b8
+# %% ../nbs/16_figures.ipynb #e90de37c
 def path_figure(done:Experiment, questions:int=5)->Figure:
     "Latents of training tasks in the two directions in which families differ most, with guidance paths of some test questions"
     m, train, test = done.models(), done.lab.data['train'], done.lab.data['test']
@@ -156,7 +156,7 @@ def path_figure(done:Experiment, questions:int=5)->Figure:
     ax.text(0, -.03, '\n'.join(['★ the start of all'] + [f'{k + 1}: {test.tasks[row].question}' for k, row in enumerate(rows)]), transform=ax.transAxes, fontsize=7, va='top')
     return fig
 
-# %% ../nbs/16_figures.ipynb #40d703bf
+# %% ../nbs/16_figures.ipynb #2013a76d
 @torch.no_grad()
 def answer_figure(done:Experiment, rows:list, # numbers of test tasks
                   n:int=5)->Figure:
@@ -180,7 +180,7 @@ def answer_figure(done:Experiment, rows:list, # numbers of test tasks
     fig.subplots_adjust(hspace=.75, wspace=.35)
     return fig
 
-# %% ../nbs/16_figures.ipynb #4cde1c73
+# %% ../nbs/16_figures.ipynb #298d1fb7
 def save_figure(fig:Figure, path):
     "Write a figure as PNG and as SVG beside each other, each whole or not at all, and close it"
     for kind in ('png', 'svg'):
