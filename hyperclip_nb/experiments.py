@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'STAGES', 'METHODS', 'QUICK', 'IMAGES', 'CURVE', 'KEYS', 'PAPER', 'generator', 'Lab', 'Models',
-           'write_weights', 'Method', 'rows_wanted', 'few_images', 'measure', 'Experiment', 'reproduce', 'save_results',
-           'read_results', 'best_gamma', 'bootstrap', 'summary', 'table1', 'table4']
+           'write_weights', 'nearest_question', 'Method', 'rows_wanted', 'few_images', 'measure', 'Experiment',
+           'reproduce', 'save_results', 'read_results', 'best_gamma', 'bootstrap', 'summary', 'table1', 'table4']
 
-# %% ../nbs/15_experiments.ipynb #f4e98175
+# %% ../nbs/15_experiments.ipynb #fa65833e
 import json, platform, shutil, subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from safetensors.numpy import load_file as load_arrays, save as save_arrays
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -30,7 +30,7 @@ from .hyperclip import HyperCLIP, train_hyperclip
 from .guidance import fit_to_question, guide
 from .hyperldm import HyperLDM, save_hyperldm, train_hyperldm, train_regression
 
-# %% ../nbs/15_experiments.ipynb #63efd410
+# %% ../nbs/15_experiments.ipynb #4edd9a2d
 PRESETS = dict(
     default=dict(
         world=dict(tasks=(870, 100, 373), scenes=(24_000, 6_000, 12_000)), adapter=dict(hidden=32, temperature=30.),
@@ -47,7 +47,7 @@ PRESETS['smoke'] = PRESETS['default'] | dict(
     cond_hnet_maml=dict(epochs=2, lr=1e-3, inner_lr=.3), weights=dict(splits=2, steps=30, lr=.5), hnet_latents=dict(splits=2, steps=20, lr=1.),
     hvae=dict(steps=300, kl_weight=4e-3, ce_weight=4.), hyperclip=dict(steps=200), hyperldm=dict(steps=600, lr=1e-3), regression=dict(steps=300, lr=1e-3))
 
-# %% ../nbs/15_experiments.ipynb #74bf15a0
+# %% ../nbs/15_experiments.ipynb #0aca5cee
 STAGES = ('multitask', 'cond_multitask', 'weights', 'hvae', 'hyperldm', 'sampling', 'mnet_maml', 'mnet_fomaml', 'hnet_maml', 'cond_film', 'cond_hnet_maml',
           'hnet_latents', 'hyperclip', 'hnet_hyperclip', 'hnet_hyperldm', 'regression', 'plain_clip', 'few_shot')
 
@@ -55,7 +55,7 @@ def generator(seed:int, stage:str)->torch.Generator:
     "The source of random numbers of one stage"
     return torch.Generator().manual_seed(1000*seed + STAGES.index(stage))
 
-# %% ../nbs/15_experiments.ipynb #4b7e9cab
+# %% ../nbs/15_experiments.ipynb #738184f7
 class Lab:
     "A world with its features, and the folder that keeps whatever is computed from it"
     def __init__(self, preset:str='default', # a key of `PRESETS`
@@ -79,7 +79,7 @@ class Lab:
         except (OSError, ValueError): raise ValueError(f'{folder} holds no experiment: make one with hyperclip reproduce --out {folder}') from None
         return cls(c['preset'], c['world_seed'], folder, clip=c['clip']['name'], **kw)
 
-# %% ../nbs/15_experiments.ipynb #c85ef466
+# %% ../nbs/15_experiments.ipynb #947fbb5d
 def _claim(folder, config):
     "ValueError where a folder is another experiment's. What a killed process left half-written in it goes"
     file = folder/'config.json'
@@ -91,10 +91,10 @@ def _claim(folder, config):
 
 def _short(x): return str(x) if len(str(x)) < 60 else str(x)[:56] + ' …'
 
-# %% ../nbs/15_experiments.ipynb #575ec58d
+# %% ../nbs/15_experiments.ipynb #19ea4480
 def _state(x): return {'value': x} if isinstance(x, Tensor) else x.state_dict()
 
-# %% ../nbs/15_experiments.ipynb #98a52c63
+# %% ../nbs/15_experiments.ipynb #b8638d6c
 class Models:
     "Everything that one seed and one share of descriptors train, each model when it is first asked for"
     def __init__(self, lab:Lab, seed:int, share:float=1.):
@@ -174,7 +174,7 @@ class Models:
         return self._keep('regression', lambda **kw: train_regression(self.hvae.encode(self.weights)[0], self.train.e, **kw)[0],
                           lambda: mlp(self.D, 256, 256, 32), told=True)
 
-# %% ../nbs/15_experiments.ipynb #753e9944
+# %% ../nbs/15_experiments.ipynb #7ebd5d02
 def _same(W): return W
 
 def _guided(m, data, space):
@@ -183,7 +183,7 @@ def _guided(m, data, space):
     z0 = gen if space == 'hnet' else torch.randn(len(data), 32, generator=generator(m.seed, 'sampling')).to(m.lab.device)
     return net.decode(guide(clip_h, net.decode, z0, data.e, **m.lab.preset['guidance'][space])[-1])
 
-# %% ../nbs/15_experiments.ipynb #1839df8b
+# %% ../nbs/15_experiments.ipynb #ad701973
 def write_weights(m:Models, e:Tensor, gamma:float, samples:int=1, eta:float=0., space:str='hvae')->Tensor: # (T,D) -> (T,P)
     "HyperLDM (Algorithm 14): the mean of the weights of `samples` latents for each question; with `eta`, guided by HyperCLIP as well"
     net, ldm = (m.hvae, m.hyperldm) if space == 'hvae' else (m.hnet_maml, m.hnet_hyperldm)
@@ -192,7 +192,13 @@ def write_weights(m:Models, e:Tensor, gamma:float, samples:int=1, eta:float=0., 
     W = net.decode(ldm.sample(e, gamma, generator(m.seed, 'sampling'), log_p=log_p, eta=eta))
     return W.unflatten(0, (-1, samples)).mean(1)
 
-# %% ../nbs/15_experiments.ipynb #0f193270
+# %% ../nbs/15_experiments.ipynb #1ffeafd9
+def nearest_question(m:Models, e:Tensor)->Tensor: # (T,D) -> (T,P)
+    "No learning from words at all: the network of the described training task whose question is most alike, written by the HVAE"
+    alike = F.normalize(e, dim=-1)@F.normalize(m.train.e[m.rows], dim=-1).T
+    return m.hvae.decode(m.hvae.encode(m.weights[m.rows][alike.argmax(1)])[0].mean(1))
+
+# %% ../nbs/15_experiments.ipynb #8afaad3c
 @dataclass(frozen=True)
 class Method:
     "A row of the paper's tables"
@@ -216,10 +222,11 @@ METHODS = {
     'hvae-hyperldm': Method('HVAE + HyperLDM', True, lambda m, d, gamma=1.5, samples=1: (write_weights(m, d.e, gamma, samples), _same), 'gamma samples'),
     'hvae-hyperldm-hyperclip': Method('HVAE + HyperLDM + HyperCLIP', True, lambda m, d, gamma=1.5, eta=.3: (write_weights(m, d.e, gamma, eta=eta), _same), 'both'),
     'hvae-regression': Method('HVAE + regression', True, lambda m, d: (m.hvae.decode(m.regression(d.e)), _same)),
+    'hvae-nearest': Method('HVAE + nearest question', True, lambda m, d: (nearest_question(m, d.e), _same)),
 }
 QUICK = 'clip', 'multitask', 'cond-multitask', 'hvae-hyperldm'   # what the paper is about, in a few minutes
 
-# %% ../nbs/15_experiments.ipynb #54fb1950
+# %% ../nbs/15_experiments.ipynb #a3c1ccbc
 IMAGES = 1, 2, 4, 8, 16                                          # support images of the few-shot curve
 CURVE = 'clip', 'multitask', 'mnet-maml', 'hvae-hyperldm'        # the methods that it compares
 
@@ -244,7 +251,7 @@ def measure(m:Models, row:dict, part:str)->np.ndarray: # (T,) percent
     if row['setting'] == 'few-shot': v = adapt_all(adapter, v, data, few_images(data, row['images'], m.seed), decode=decode, **m.lab.preset['few_shot'])
     with torch.no_grad(): return evaluate(adapter, decode(v.expand(len(data), -1)), data)
 
-# %% ../nbs/15_experiments.ipynb #e96e2d90
+# %% ../nbs/15_experiments.ipynb #d129bc5d
 @dataclass
 class Experiment:
     "A finished grid: what was asked, its rows, and the laboratory in which more can be done"
@@ -303,7 +310,7 @@ def _job(m, slug, share, gammas, say):
     say(f'seed {m.seed}, {share:4.0%} of descriptors, {METHODS[slug].name}: ' + ', '.join(f'{np.mean(r["test"]):.1f}' for r in found if r['setting'] == 'zero-shot'))
     return found
 
-# %% ../nbs/15_experiments.ipynb #2dca8266
+# %% ../nbs/15_experiments.ipynb #d261b23d
 def _commit():
     "The commit of the checkout that this runs from, or None"
     run = subprocess.run(['git', '-C', Path(__file__).parent if '__file__' in globals() else '.', 'rev-parse', 'HEAD'], capture_output=True, text=True)
@@ -311,7 +318,7 @@ def _commit():
 
 def _lines(rows): return '[\n  ' + ',\n  '.join(json.dumps(r) for r in rows) + ']'
 
-# %% ../nbs/15_experiments.ipynb #81f3a8e4
+# %% ../nbs/15_experiments.ipynb #c41f700d
 def save_results(done:Experiment, out):
     "Write results, tables and the trained HyperLDM, each file whole or not at all"
     out, r, c = Path(out), done.results, done.config
@@ -337,10 +344,10 @@ def read_results(folder)->dict: # config, rows; valid, test (rows, T) and concep
     try: return json.loads((Path(folder)/'results.json').read_text()) | load_arrays(Path(folder)/'per_task.safetensors')
     except Exception as e: raise ValueError(f'{folder} holds no readable results ({e}): make them with hyperclip reproduce --out {folder}') from None
 
-# %% ../nbs/15_experiments.ipynb #3def555d
+# %% ../nbs/15_experiments.ipynb #7fe20a81
 KEYS = ['method', 'descriptors', 'setting', 'gamma', 'eta', 'samples', 'images']
 
-# %% ../nbs/15_experiments.ipynb #7b1b5b2e
+# %% ../nbs/15_experiments.ipynb #d19227af
 def best_gamma(results:dict)->float|None:
     "The guidance scale above 0 with the best mean accuracy of one sample of `hvae-hyperldm` on validation tasks, with all descriptors"
     rows = pd.DataFrame(results['rows']).assign(valid=results['valid'].mean(1))
@@ -349,7 +356,7 @@ def best_gamma(results:dict)->float|None:
     mean = rows[rows.descriptors == rows.descriptors.max()].groupby('gamma').valid.mean()
     return float((mean[mean.index > 0] if mean.index.max() > 0 else mean).idxmax())
 
-# %% ../nbs/15_experiments.ipynb #68243565
+# %% ../nbs/15_experiments.ipynb #1cbc3778
 def bootstrap(difference:np.ndarray, concepts:np.ndarray, # (T,) of tasks; (T,) which concept each task asks about
               draws:int=2000, seed:int=0)->tuple: # low and high end
     "95 % interval of the mean over tasks, when concepts are drawn with replacement"
@@ -358,7 +365,7 @@ def bootstrap(difference:np.ndarray, concepts:np.ndarray, # (T,) of tasks; (T,) 
     times = np.random.default_rng(seed).multinomial(len(count), np.full(len(count), 1/len(count)), draws)
     return tuple(np.percentile(times@total/(times@count), (2.5, 97.5)))
 
-# %% ../nbs/15_experiments.ipynb #de3536bb
+# %% ../nbs/15_experiments.ipynb #679fbb47
 def summary(results:dict, against:str='cond-multitask')->pd.DataFrame:
     "A line for each method and setting: test and validation accuracy over seeds, the share of the way, the paired difference to `against`"
     rows = pd.DataFrame(results['rows']).reset_index()
@@ -381,7 +388,7 @@ def _title(r):
     more = [f'γ = {r.gamma:g}'*(r.gamma >= 0), f'η = {r.eta:g}'*(r.eta >= 0), f'mean of {r.samples}'*(r.samples > 1)]
     return ', '.join([METHODS[r.method].name, *filter(None, more)])
 
-# %% ../nbs/15_experiments.ipynb #bd8c7fc1
+# %% ../nbs/15_experiments.ipynb #19bf5573
 PAPER = { # slug, γ -> Table 1 at 50 % and 100 % of descriptors, Table 4 (mean, s.d.)
     ('clip', -1): (None, (44.99, None), (54.93, .11)), ('multitask', -1): (None, (53.75, .36), (55.53, .40)),
     ('mnet-maml', -1): (None, (53.04, .69), (60.24, .84)), ('mnet-fomaml', -1): (None, (53.04, .42), (60.03, .48)),
@@ -408,7 +415,7 @@ def table4(results:dict)->pd.DataFrame:
     s = summary(results); s = s[(s.setting == 'few-shot') & (s.images == -1)]
     return pd.DataFrame([dict(method=METHODS[r.method].name, few_shot=_cell((r.test, r.sd)), paper=_cell(PAPER.get((r.method, r.gamma), (None,)*3)[2])) for r in s.itertuples()])
 
-# %% ../nbs/15_experiments.ipynb #c54d7c27
+# %% ../nbs/15_experiments.ipynb #0e53a709
 def _cell(found):
     "Mean and s.d. as the paper prints them"
     if not found: return ''
