@@ -6,15 +6,15 @@
 __all__ = ['Task', 'split_pairs', 'make_task', 'describe', 'described', 'TaskBatch', 'Features', 'texts_of', 'TaskData',
            'buckets', 'write_whole', 'save_tasks', 'load_tasks']
 
-# %% ../nbs/00_tasks.ipynb #e24876ed
-import json, os
+# %% ../nbs/00_tasks.ipynb #c3f1c86a
+import copy, json, os
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
-# %% ../nbs/00_tasks.ipynb #991f4e05
+# %% ../nbs/00_tasks.ipynb #84668936
 @dataclass(frozen=True)
 class Task:
     "One question with labelled images"
@@ -30,7 +30,7 @@ class Task:
     @property
     def pairs(self): return np.concatenate([self.support, self.query])
 
-# %% ../nbs/00_tasks.ipynb #7a23d78a
+# %% ../nbs/00_tasks.ipynb #bec2a3b4
 def split_pairs(pairs:np.ndarray, # (n, 2): image number, answer number
                 rng:np.random.Generator,
                 share:float=.7):  # the part of each answer's images that becomes support
@@ -43,7 +43,7 @@ def split_pairs(pairs:np.ndarray, # (n, 2): image number, answer number
     is_support = rank < np.round(share*count)[label]
     return pairs[is_support], pairs[~is_support]
 
-# %% ../nbs/00_tasks.ipynb #278302dd
+# %% ../nbs/00_tasks.ipynb #fb142c95
 def make_task(question:str, prompt:str,
               images:np.ndarray,  # (n,) image numbers
               labels:np.ndarray,  # (n,) the right answer of each, a position in `names`
@@ -59,7 +59,7 @@ def make_task(question:str, prompt:str,
     if len(pairs) < smallest or len(kept) < 2: return None
     return Task(question, prompt, tuple(names[i] for i in kept), *split_pairs(pairs, rng), concept)
 
-# %% ../nbs/00_tasks.ipynb #3e8f4c14
+# %% ../nbs/00_tasks.ipynb #79557ac8
 def describe(tasks:list)->dict: # of `Task`
     "Counts, mean sizes, and the two baselines that never look at an image, in percent"
     mean = lambda f: float(np.mean([f(t) for t in tasks]))
@@ -70,7 +70,7 @@ def describe(tasks:list)->dict: # of `Task`
                 answers=mean(lambda t: len(t.answers)), chance=mean(lambda t: 100/len(t.answers)),
                 majority=mean(lambda t: 100*np.mean(t.query[:, 1] == usual(t))))
 
-# %% ../nbs/00_tasks.ipynb #e0501fef
+# %% ../nbs/00_tasks.ipynb #e7de3258
 def described(n:int,        # number of training tasks
               share:float,  # share of them whose descriptor may be read, above 0 and at most 1
               seed:int)->np.ndarray: # (n,) bool
@@ -79,7 +79,7 @@ def described(n:int,        # number of training tasks
     rank = np.random.default_rng(seed).permutation(n)
     return rank < max(1, round(share*n))
 
-# %% ../nbs/00_tasks.ipynb #ef4aa322
+# %% ../nbs/00_tasks.ipynb #98175533
 @dataclass
 class TaskBatch:
     "Padded tasks: what every method computes with"
@@ -92,7 +92,7 @@ class TaskBatch:
 
     def __len__(self): return len(self.labels)
 
-# %% ../nbs/00_tasks.ipynb #bac532c1
+# %% ../nbs/00_tasks.ipynb #6d1b2f03
 @dataclass
 class Features:
     "CLIP features of all images and texts of a set of tasks"
@@ -105,12 +105,12 @@ class Features:
         if not hasattr(self, '_row'): self._row = {s: i for i, s in enumerate(self.texts)}
         return torch.tensor([self._row[s] for s in strings])
 
-# %% ../nbs/00_tasks.ipynb #21afb448
+# %% ../nbs/00_tasks.ipynb #b58ebab1
 def texts_of(tasks:list)->list:
     "Every string CLIP must encode for these tasks: questions and filled-in statements, each once"
     return sorted({s for t in tasks for s in (t.question, *t.statements)})
 
-# %% ../nbs/00_tasks.ipynb #6f395086
+# %% ../nbs/00_tasks.ipynb #e9ca1bc0
 def _padded(lengths, *flat):
     "Ragged rows as padded tensors (T, longest), and their mask; `flat` hold the rows end to end"
     lengths = np.asarray(lengths); row = np.repeat(np.arange(len(lengths)), lengths)
@@ -120,7 +120,7 @@ def _padded(lengths, *flat):
     for o, f in zip(out, flat): o[row, col] = torch.as_tensor(np.asarray(f), dtype=torch.long)
     return *out, mask
 
-# %% ../nbs/00_tasks.ipynb #eec7ce98
+# %% ../nbs/00_tasks.ipynb #e5ce427d
 class TaskData:
     "Tasks with their features, ready to be cut into batches"
     def __init__(self, tasks:list, # of `Task`
@@ -135,12 +135,14 @@ class TaskData:
         self.is_support = self.mask & (torch.arange(self.mask.shape[1]) < n_support)   # support comes first in a row
         statements = features.rows(s for t in tasks for s in t.statements)
         self.answer, self.answer_mask = _padded([len(t.answers) for t in tasks], statements)
-        self.question = features.rows(t.question for t in tasks)
+        self.e = self.text[features.rows(t.question for t in tasks).to(device)]        # (T,D)
 
     def __len__(self): return len(self.tasks)
 
-    @property
-    def e(self): return self.text[self.question.to(self.device)]  # (T,D)
+    def reread(self, e:Tensor): # (T,D)
+        "The same tasks with other task embeddings"
+        other = copy.copy(self); other.e = e
+        return other
 
     def batch(self, rows,         # task numbers
               part:str='query',   # 'support', 'query' or 'all'
@@ -154,7 +156,7 @@ class TaskData:
         answers = self.answer_mask[rows]; width = int(answers.sum(1).max())
         to = lambda x: x.to(self.device)
         return TaskBatch(self.image[to(pick(self.index))], to(pick(self.label)), to(mask.gather(1, order)),
-                         self.text[to(self.answer[rows, :width])], to(answers[:, :width]), self.text[to(self.question[rows])])
+                         self.text[to(self.answer[rows, :width])], to(answers[:, :width]), self.e[to(rows)])
 
     def sample(self, rows, n:int,             # images a task; small tasks give all they have
                generator:torch.Generator, part:str='all'):
@@ -166,7 +168,7 @@ class TaskData:
         mask = torch.zeros_like(self.mask).index_put((rows[:, None], chosen), allowed.gather(1, chosen))
         return self.batch(rows, mask=mask)
 
-# %% ../nbs/00_tasks.ipynb #62b79cd2
+# %% ../nbs/00_tasks.ipynb #014a45e9
 def buckets(sizes,            # examples in each task
             waste:float=.15,  # share of a bucket that may be padding
             most:int=128)->list: # tasks in a bucket at most
@@ -179,7 +181,7 @@ def buckets(sizes,            # examples in each task
             out.append(order[start:end]); start = end
     return out
 
-# %% ../nbs/00_tasks.ipynb #78d44aa7
+# %% ../nbs/00_tasks.ipynb #6d68b8a3
 def write_whole(path, data:bytes|str):
     "Write a file so that it is never seen half-written: to a temporary name, then rename"
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +191,7 @@ def write_whole(path, data:bytes|str):
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/00_tasks.ipynb #bc0aaa32
+# %% ../nbs/00_tasks.ipynb #78704c59
 def save_tasks(tasks:dict, # split name -> list of `Task`
                folder):
     "Write `tasks.json` and `pairs.safetensors` into a folder"
