@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['task_losses', 'adapt', 'adapt_all', 'accuracies', 'evaluate']
 
-# %% ../nbs/05_adapt.ipynb #9209c299
+# %% ../nbs/05_adapt.ipynb #c8cc0b4b
 import numpy as np, torch
 from torch import Tensor
 from .adapter import Adapter
 from .tasks import TaskBatch, TaskData, buckets
 
-# %% ../nbs/05_adapt.ipynb #b184c838
+# %% ../nbs/05_adapt.ipynb #f6d90b4f
 def task_losses(adapter:Adapter, W:Tensor, # (P,) or (T,P)
                 batch:TaskBatch)->Tensor:  # (T,)
     "Mean cross-entropy of each task over its real images"
     nll = -adapter.logits(W, batch).log_softmax(-1).gather(-1, batch.labels[..., None]).squeeze(-1)
     return (nll*batch.mask).sum(1)/batch.mask.sum(1)
 
-# %% ../nbs/05_adapt.ipynb #8634df8e
+# %% ../nbs/05_adapt.ipynb #cd8d43d0
 def adapt(adapter:Adapter, v:Tensor, # (V,) or (T,V): where to start
           batch:TaskBatch, steps:int=50, lr:float=.3,
           decode=lambda W: W)->Tensor: # from v (T,V) to weights (T,P), where it is not W that is adapted -> (T,V)
@@ -29,7 +29,7 @@ def adapt(adapter:Adapter, v:Tensor, # (V,) or (T,V): where to start
         v = v - lr*torch.autograd.grad(task_losses(adapter, decode(v), batch).sum(), v)[0]
     return v.detach()
 
-# %% ../nbs/05_adapt.ipynb #500d64d5
+# %% ../nbs/05_adapt.ipynb #55c68eb3
 def adapt_all(adapter:Adapter, v:Tensor, # (V,) or (T,V)
               data:TaskData, mask:Tensor, # (T, longest) the pairs to learn from
               steps:int=50, lr:float=.3, decode=lambda W: W)->Tensor: # (T,V)
@@ -38,20 +38,21 @@ def adapt_all(adapter:Adapter, v:Tensor, # (V,) or (T,V)
     for rows in buckets(mask.sum(1).numpy()): out[rows] = adapt(adapter, v[rows], data.batch(rows, mask=mask), steps, lr, decode)
     return out
 
-# %% ../nbs/05_adapt.ipynb #b87c0b4d
+# %% ../nbs/05_adapt.ipynb #d0a791c0
 def accuracies(logits:Tensor, labels:Tensor, mask:Tensor)->Tensor: # (T,)
     "Accuracy of each task, from 0 to 1; k answers that tie for the best share the point"
     best = logits == logits.amax(-1, keepdim=True)
     right = best.gather(-1, labels[..., None]).squeeze(-1)/best.sum(-1)
     return (right*mask).sum(1)/mask.sum(1)
 
-# %% ../nbs/05_adapt.ipynb #e9175c08
+# %% ../nbs/05_adapt.ipynb #5aa73309
 @torch.no_grad()
-def evaluate(adapter:Adapter, W:Tensor, # (P,) or (T,P)
+def evaluate(adapter:Adapter, W:Tensor, # (P,), (T,P) or (T,K,P); of K networks, the mean of their probabilities answers
              data:TaskData, part:str='query')->np.ndarray: # (T,) percent
     "Accuracy on each task's query set; the figure of a method is the plain mean"
-    W = W.expand(len(data), -1); out = np.zeros(len(data))
+    W = W.expand(len(data), *W.shape[-2:] if W.ndim == 3 else W.shape[-1:]); out = np.zeros(len(data))
     for rows in buckets(data.size[part]):
         b = data.batch(rows, part)
-        out[rows] = 100*accuracies(adapter.logits(W[rows], b), b.labels, b.mask).cpu().numpy()
+        scores = adapter.logits(W[rows], b) if W.ndim == 2 else sum(adapter.logits(w, b).softmax(-1) for w in W[rows].unbind(1))
+        out[rows] = 100*accuracies(scores, b.labels, b.mask).cpu().numpy()
     return out

@@ -6,12 +6,12 @@
 __all__ = ['Schedule', 'linear_schedule', 'add_noise', 'posterior', 'v_target', 'split_prediction', 'diffusion_loss',
            'sample_ddpm', 'timesteps', 'sample_ddim']
 
-# %% ../nbs/12_ddpm.ipynb #ef05c586
+# %% ../nbs/12_ddpm.ipynb #3ff64eac
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/12_ddpm.ipynb #cbdcf1e6
+# %% ../nbs/12_ddpm.ipynb #53d8b6aa
 class Schedule:
     "`beta`, `alpha`, `alpha_bar`, `signal` and `noise` of T steps, each (T,); index `t` is the paper's step t+1"
     def __init__(self,
@@ -32,7 +32,7 @@ class Schedule:
         for k,v in vars(self).items(): setattr(self, k, v.to(device))
         return self
 
-# %% ../nbs/12_ddpm.ipynb #7549e76d
+# %% ../nbs/12_ddpm.ipynb #572981eb
 def linear_schedule(
     steps:int=350, # number of steps T
     beta_start:float=1e-4, # variance of the first step's noise
@@ -42,7 +42,7 @@ def linear_schedule(
     "The paper's schedule (A.7.3): `beta` grows in a straight line"
     return Schedule(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64), dtype)
 
-# %% ../nbs/12_ddpm.ipynb #77a746c9
+# %% ../nbs/12_ddpm.ipynb #68f57824
 def _at(values, t, x):
     "The entries `values[t]` (B,), shaped to broadcast over `x` (B,...)"
     return values[t].view(-1, *[1]*(x.ndim-1))
@@ -56,7 +56,7 @@ def add_noise(
     "Jump from clean data to step `t`: a draw from `q(x^t|x^0)`, the closed form below Eq. 6"
     return _at(schedule.signal, t, x0)*x0 + _at(schedule.noise, t, x0)*eps
 
-# %% ../nbs/12_ddpm.ipynb #0f98a77b
+# %% ../nbs/12_ddpm.ipynb #3d1ceeab
 def posterior(
     x0:Tensor, # clean data (B,...)
     xt:Tensor, # noisy data at step t, shaped like x0
@@ -71,7 +71,7 @@ def posterior(
     mean = (alpha.sqrt()*noise**2*xt + signal*beta*x0)/total
     return mean, noise**2/total*beta
 
-# %% ../nbs/12_ddpm.ipynb #d7987294
+# %% ../nbs/12_ddpm.ipynb #99133add
 def v_target(
     x0:Tensor, # clean data (B,...)
     eps:Tensor, # the noise, shaped like x0
@@ -94,7 +94,7 @@ def split_prediction(
     if kind=='v': return signal*xt-noise*pred, noise*xt+signal*pred
     raise ValueError(f"kind must be 'eps' or 'v', got {kind!r}")
 
-# %% ../nbs/12_ddpm.ipynb #bd6bb5c9
+# %% ../nbs/12_ddpm.ipynb #d9c275fb
 def _randn(x, generator):
     "Standard normal noise like `x`, drawn where `generator` lives"
     return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
@@ -117,7 +117,7 @@ def diffusion_loss(
         raise ValueError(f'the model must return the shape {tuple(x0.shape)} of its input, got {tuple(pred.shape)}')
     return F.mse_loss(pred, target)
 
-# %% ../nbs/12_ddpm.ipynb #0ada2c31
+# %% ../nbs/12_ddpm.ipynb #dd006c20
 def _guess(model, x, t, schedule, kind):
     "The model's guesses of x^0 and ε for a whole batch at step `t`, and that step as a tensor (B,)"
     t = torch.full((len(x),), t, device=x.device)
@@ -138,7 +138,7 @@ def sample_ddpm(
         x = mean + var.sqrt()*_randn(x, generator)
     return x
 
-# %% ../nbs/12_ddpm.ipynb #01e6cc08
+# %% ../nbs/12_ddpm.ipynb #a70df73d
 def timesteps(
     schedule:Schedule, # how much noise each step adds
     steps:int, # how many of its T steps to visit
@@ -148,8 +148,7 @@ def timesteps(
     if not 1<=steps<=T: raise ValueError(f'steps must be from 1 to {T}, the length of the schedule; got {steps}')
     return (T - torch.arange(steps, dtype=torch.float64)*T/steps).round().long()-1
 
-# %% ../nbs/12_ddpm.ipynb #e0b3dbfd
-@torch.no_grad()
+# %% ../nbs/12_ddpm.ipynb #8bd79a04
 def sample_ddim(
     model, # the network: model(x, t) gives a prediction shaped like x; t is (B,), long
     x:Tensor, # standard normal noise to start from (B,...)
@@ -157,7 +156,7 @@ def sample_ddim(
     kind:str, # what the network predicts: 'eps' or 'v'
     steps:int=25, # evaluations of the network
 )->Tensor: # samples, shaped like x
-    "Go from noise to data in a few steps, without fresh noise (DDIM with η = 0)"
+    "Go from noise to data in a few steps, without fresh noise (DDIM with η = 0); gradients flow"
     visit = timesteps(schedule, steps).tolist()
     for i,s in zip(visit, visit[1:]+[None]):
         x0,eps,t = _guess(model, x, i, schedule, kind)

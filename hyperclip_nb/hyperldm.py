@@ -6,18 +6,19 @@
 __all__ = ['train_regression', 'time_embedding', 'Block', 'NoiseNet', 'HyperLDM', 'train_hyperldm', 'save_hyperldm',
            'load_hyperldm']
 
-# %% ../nbs/14_hyperldm.ipynb #f48321bd
-import copy, json, math, torch
+# %% ../nbs/14_hyperldm.ipynb #6d25b4f3
+import copy, functools, json, math, torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn, Tensor
+from torch.utils.checkpoint import checkpoint
 from .tasks import write_whole
 from .adapter import Adapter
 from .hvae import HVAE, draw, mlp
 from .ddpm import diffusion_loss, linear_schedule, sample_ddim
 from .cfg import classifier_free, classifier_guided
 
-# %% ../nbs/14_hyperldm.ipynb #3348e6f8
+# %% ../nbs/14_hyperldm.ipynb #e1825a76
 def train_regression(mu:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights; (T,D) task embeddings
                      rows=None,           # tasks whose descriptor is known; all where None
                      steps:int=400, batch:int=128, lr:float=1e-3, hidden:tuple=(256, 256),
@@ -36,7 +37,7 @@ def train_regression(mu:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights; 
         history.append(loss.item())
     return net.eval().requires_grad_(False), history
 
-# %% ../nbs/14_hyperldm.ipynb #ba71c52c
+# %% ../nbs/14_hyperldm.ipynb #4c8af93c
 def time_embedding(t:Tensor, # (B,) steps
                    width:int=150)->Tensor: # (B,width)
     "Sines and cosines of the step at `width/2` frequencies, falling from 1 to about 1/10,000"
@@ -44,7 +45,7 @@ def time_embedding(t:Tensor, # (B,) steps
     angle = t[:, None]*frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
 
-# %% ../nbs/14_hyperldm.ipynb #cad7dfcc
+# %% ../nbs/14_hyperldm.ipynb #87548242
 class Block(nn.Module):
     "A hidden layer that is told the condition, weighs its own channels (squeeze and excitation), and adds to what came in"
     def __init__(self, n_in:int, n_out:int, n_cond:int):
@@ -57,7 +58,7 @@ class Block(nn.Module):
         change = self.main(torch.cat([h, cond], 1))
         return self.shortcut(h) + self.gate(change)*change
 
-# %% ../nbs/14_hyperldm.ipynb #402e6795
+# %% ../nbs/14_hyperldm.ipynb #c5d7d821
 class NoiseNet(nn.Module):
     "ε(z,t,e): residual blocks, with the step and the task embedding at the input and at every hidden layer (appendix A.2)"
     def __init__(self, latent:int,                 # Z
@@ -79,7 +80,7 @@ class NoiseNet(nn.Module):
         for block in self.blocks: z = block(z, cond)
         return self.out(torch.cat([z, cond], 1))
 
-# %% ../nbs/14_hyperldm.ipynb #4e1a50a8
+# %% ../nbs/14_hyperldm.ipynb #6b3071e2
 class HyperLDM(nn.Module):
     "A latent diffusion model of weights: a noise network, and the scale of the latents it was trained on"
     def __init__(self, latent:int, width:int,      # Z; D, of the task embedding
@@ -91,18 +92,23 @@ class HyperLDM(nn.Module):
         self.net = NoiseNet(latent, width, hidden, generator)
         self.register_buffer('mean', torch.zeros(latent)); self.register_buffer('std', torch.ones(latent))
 
-    @torch.no_grad()
-    def sample(self, e:Tensor, gamma:float, # (B,D); guidance scale
-               generator:torch.Generator,
-               steps:int=25,
-               log_p=None, eta:float=0.)->Tensor: # a classifier log p(e|z) (B,) of latents (B,Z), and its weight -> (B,Z)
-        "Algorithm 14: one latent for each task embedding, guided by Eq. 10 and, with `log_p`, by Eq. 11 too"
-        z = torch.randn(len(e), len(self.mean), generator=generator).to(e.device)
-        model, schedule = classifier_free(self.net, e, gamma), self.schedule.to(e.device)
+    def denoise(self, z:Tensor, e:Tensor, gamma:float, # (B,Z) standard normal; (B,D); guidance scale
+                steps:int=25,
+                log_p=None, eta:float=0.,              # a classifier log p(e|z) (B,) of latents (B,Z), and its weight
+                recompute:bool=False)->Tensor:         # compute each step again for its gradient, and keep less memory -> (B,Z)
+        "From noise to latents, guided by Eq. 10 and, with `log_p`, by Eq. 11 too; without `log_p`, gradients flow"
+        net = functools.partial(checkpoint, self.net, use_reentrant=False) if recompute else self.net
+        model, schedule = classifier_free(net, e, gamma), self.schedule.to(e.device)
         if log_p: model = classifier_guided(model, lambda z: log_p(self.mean + self.std*z), eta, schedule, self.kind)
         return self.mean + self.std*sample_ddim(model, z, schedule, self.kind, steps)
 
-# %% ../nbs/14_hyperldm.ipynb #191ca625
+    @torch.no_grad()
+    def sample(self, e:Tensor, gamma:float, generator:torch.Generator, steps:int=25, log_p=None, eta:float=0.)->Tensor: # (B,D) -> (B,Z)
+        "Algorithm 14: one latent for each task embedding, denoised from noise that `generator` draws"
+        z = torch.randn(len(e), len(self.mean), generator=generator).to(e.device)
+        return self.denoise(z, e, gamma, steps, log_p, eta)
+
+# %% ../nbs/14_hyperldm.ipynb #f1e6b271
 def train_hyperldm(mu:Tensor, log_var:Tensor, # (T,K,Z) latents of adapted weights, as mean and log-variance
                    e:Tensor,                  # (T,D) task embeddings
                    rows=None,                 # tasks whose descriptor is known; all where None
@@ -132,7 +138,7 @@ def train_hyperldm(mu:Tensor, log_var:Tensor, # (T,K,Z) latents of adapted weigh
         history.append(loss.item())
     return ldm.eval(), history
 
-# %% ../nbs/14_hyperldm.ipynb #ab9de0f3
+# %% ../nbs/14_hyperldm.ipynb #119a9874
 def save_hyperldm(path, adapter:Adapter, hvae:HVAE, ldm:HyperLDM,
                   clip:str,  # fingerprint of the CLIP that makes task embeddings
                   **facts):  # what else should be known about it
