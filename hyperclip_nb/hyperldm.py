@@ -6,7 +6,7 @@
 __all__ = ['train_regression', 'time_embedding', 'Block', 'NoiseNet', 'HyperLDM', 'train_hyperldm', 'save_hyperldm',
            'load_hyperldm']
 
-# %% ../nbs/14_hyperldm.ipynb #6d25b4f3
+# %% ../nbs/14_hyperldm.ipynb #59054ffb
 import copy, functools, json, math, torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -18,7 +18,7 @@ from .hvae import HVAE, draw, mlp
 from .ddpm import diffusion_loss, linear_schedule, sample_ddim
 from .cfg import classifier_free, classifier_guided
 
-# %% ../nbs/14_hyperldm.ipynb #e1825a76
+# %% ../nbs/14_hyperldm.ipynb #e1e3f951
 def train_regression(mu:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights; (T,D) task embeddings
                      rows=None,           # tasks whose descriptor is known; all where None
                      steps:int=400, batch:int=128, lr:float=1e-3, hidden:tuple=(256, 256),
@@ -37,7 +37,7 @@ def train_regression(mu:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights; 
         history.append(loss.item())
     return net.eval().requires_grad_(False), history
 
-# %% ../nbs/14_hyperldm.ipynb #4c8af93c
+# %% ../nbs/14_hyperldm.ipynb #6d07c63c
 def time_embedding(t:Tensor, # (B,) steps
                    width:int=150)->Tensor: # (B,width)
     "Sines and cosines of the step at `width/2` frequencies, falling from 1 to about 1/10,000"
@@ -45,7 +45,7 @@ def time_embedding(t:Tensor, # (B,) steps
     angle = t[:, None]*frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
 
-# %% ../nbs/14_hyperldm.ipynb #87548242
+# %% ../nbs/14_hyperldm.ipynb #a08aa5a4
 class Block(nn.Module):
     "A hidden layer that is told the condition, weighs its own channels (squeeze and excitation), and adds to what came in"
     def __init__(self, n_in:int, n_out:int, n_cond:int):
@@ -58,7 +58,7 @@ class Block(nn.Module):
         change = self.main(torch.cat([h, cond], 1))
         return self.shortcut(h) + self.gate(change)*change
 
-# %% ../nbs/14_hyperldm.ipynb #c5d7d821
+# %% ../nbs/14_hyperldm.ipynb #5ea61c6e
 class NoiseNet(nn.Module):
     "ε(z,t,e): residual blocks, with the step and the task embedding at the input and at every hidden layer (appendix A.2)"
     def __init__(self, latent:int,                 # Z
@@ -66,7 +66,7 @@ class NoiseNet(nn.Module):
                  hidden:tuple=(256, 256, 256),     # units of each block
                  generator:torch.Generator=None):
         super().__init__()
-        n_cond = width + 150
+        self.width, n_cond = width, width + 150
         self.blocks = nn.ModuleList(Block(a, b, n_cond) for a, b in zip((latent, *hidden), hidden))
         self.out = nn.Linear(hidden[-1] + n_cond, latent)
         for m in self.modules():
@@ -80,7 +80,7 @@ class NoiseNet(nn.Module):
         for block in self.blocks: z = block(z, cond)
         return self.out(torch.cat([z, cond], 1))
 
-# %% ../nbs/14_hyperldm.ipynb #6b3071e2
+# %% ../nbs/14_hyperldm.ipynb #6d22ace2
 class HyperLDM(nn.Module):
     "A latent diffusion model of weights: a noise network, and the scale of the latents it was trained on"
     def __init__(self, latent:int, width:int,      # Z; D, of the task embedding
@@ -108,7 +108,7 @@ class HyperLDM(nn.Module):
         z = torch.randn(len(e), len(self.mean), generator=generator).to(e.device)
         return self.denoise(z, e, gamma, steps, log_p, eta)
 
-# %% ../nbs/14_hyperldm.ipynb #f1e6b271
+# %% ../nbs/14_hyperldm.ipynb #270c4fff
 def train_hyperldm(mu:Tensor, log_var:Tensor, # (T,K,Z) latents of adapted weights, as mean and log-variance
                    e:Tensor,                  # (T,D) task embeddings
                    rows=None,                 # tasks whose descriptor is known; all where None
@@ -138,7 +138,7 @@ def train_hyperldm(mu:Tensor, log_var:Tensor, # (T,K,Z) latents of adapted weigh
         history.append(loss.item())
     return ldm.eval(), history
 
-# %% ../nbs/14_hyperldm.ipynb #119a9874
+# %% ../nbs/14_hyperldm.ipynb #f6c3abf8
 def save_hyperldm(path, adapter:Adapter, hvae:HVAE, ldm:HyperLDM,
                   clip:str,  # fingerprint of the CLIP that makes task embeddings
                   **facts):  # what else should be known about it
