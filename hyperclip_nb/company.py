@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StrongNet', 'train_cond_strong', 'Ridge', 'fit_ridge']
 
-# %% ../nbs/16_company.ipynb #b3b85892
+# %% ../nbs/16_company.ipynb #1150567b
 import functools, torch
 from sklearn.kernel_ridge import KernelRidge
 from torch import nn, Tensor
@@ -14,7 +14,7 @@ from .hypernet import HyperNet
 from .multitask import fit
 from .tasks import TaskData
 
-# %% ../nbs/16_company.ipynb #bdf87db8
+# %% ../nbs/16_company.ipynb #d7325469
 class StrongNet(nn.Module):
     "W = W⁰ + h(e): a network for all tasks, and what the question changes in it"
     def __init__(self, W0:Tensor,    # (P,) where it starts
@@ -38,7 +38,7 @@ def train_cond_strong(adapter:Adapter, W0:Tensor, data:TaskData, valid:TaskData,
                       optimiser=functools.partial(torch.optim.AdamW, weight_decay=.01, fused=True), **kw)
     return net.eval().requires_grad_(False), history
 
-# %% ../nbs/16_company.ipynb #fe1b2aec
+# %% ../nbs/16_company.ipynb #f220301b
 class Ridge(nn.Module):
     "Kernel ridge regression from questions to latents, as tensors"
     def __init__(self, n:int, width:int, latent:int, kappa:float=.01): # training questions; D; Z; how fast likeness fades

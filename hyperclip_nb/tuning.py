@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TunedLDM', 'tune']
 
-# %% ../nbs/17_tuning.ipynb #b2426761
+# %% ../nbs/17_tuning.ipynb #017d2db9
 import copy, functools, torch
 from torch import nn, Tensor
 from .adapt import task_losses
@@ -17,7 +17,7 @@ from .hyperldm import HyperLDM
 from .multitask import fit
 from .tasks import TaskData
 
-# %% ../nbs/17_tuning.ipynb #506ac713
+# %% ../nbs/17_tuning.ipynb #6bb77534
 class TunedLDM(nn.Module):
     "HVAE, HyperLDM, and a direct way from the question to weights: W = h(z) + g(e)"
     def __init__(self, hvae:HVAE, ldm:HyperLDM, hidden:int=512, generator:torch.Generator=None):
@@ -36,7 +36,7 @@ class TunedLDM(nn.Module):
         z = torch.randn(len(e), len(self.ldm.mean), generator=generator).to(e.device)
         return self.write(z, e, gamma, steps).unflatten(0, (-1, samples)).mean(1)
 
-# %% ../nbs/17_tuning.ipynb #2498996a
+# %% ../nbs/17_tuning.ipynb #814ed1e5
 def tune(adapter:Adapter, hvae:HVAE, ldm:HyperLDM,
          mu:Tensor, log_var:Tensor,            # (T,K,Z) latents of adapted weights
          data:TaskData, valid:TaskData,
