@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'console', 'main']
 
-# %% ../nbs/22_cli.ipynb #e62db6cc
+# %% ../nbs/22_cli.ipynb #8240130d
 import json as json_, os, sys
 from pathlib import Path
 from typing import Optional
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-# %% ../nbs/22_cli.ipynb #59c58ccd
+# %% ../nbs/22_cli.ipynb #f5487752
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help='Write the weights of a small network from a question in words.')
 console = Console()
@@ -38,7 +38,7 @@ def _numbers(text:str)->tuple:
     try: return tuple(float(x) for x in text.split(','))
     except ValueError: raise ValueError(f'give numbers with commas between them, such as 0,1,1.5, not {text!r}') from None
 
-# %% ../nbs/22_cli.ipynb #0e1f8895
+# %% ../nbs/22_cli.ipynb #c9cbc06f
 def _tracker(progress):
     "A progress bar for the stage at work; it goes when the stage is done"
     def track(steps, what):
@@ -54,9 +54,9 @@ def _progress():
     return Progress(TextColumn('{task.description:16}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
 
 def _methods(text:str, preset:str)->tuple:
-    "'all', 'quick' or slugs with commas between them"
-    from hyperclip_nb.experiments import METHODS, QUICK
-    return dict(all=tuple(METHODS), quick=QUICK).get(text or ('quick' if preset == 'smoke' else 'all')) or tuple(m.strip() for m in text.split(','))
+    "'all', 'quick', 'ahead', 'ablation', or slugs with commas between them"
+    from hyperclip_nb.experiments import ABLATION, AHEAD, ALL, QUICK
+    return dict(all=ALL, quick=QUICK, ahead=AHEAD, ablation=ABLATION).get(text or ('quick' if preset == 'smoke' else 'all')) or tuple(m.strip() for m in text.split(','))
 
 def _print(frame, title, note=''):
     "A data frame as a table on the screen"
@@ -72,7 +72,7 @@ def reproduce(preset:str=typer.Option('default', help='smoke (two minutes) or de
               seed:int=typer.Option(0, min=0, help='first seed of everything that is trained'),
               seeds:int=typer.Option(1, min=1, help='how many seeds'),
               descriptors:str=typer.Option('1.0', help='shares of the training tasks that come with their question'),
-              methods:str=typer.Option('', help='all, quick, or slugs with commas between them [default: all; quick for smoke]', show_default=False),
+              methods:str=typer.Option('', help='all, quick, ahead, ablation, or slugs with commas between them [default: all; quick for smoke]', show_default=False),
               world_seed:int=typer.Option(0, min=0, help='seed of scenes and questions'),
               gamma:str=typer.Option('0,0.5,1,1.5,2,3,5', help='guidance scales'),
               out:Optional[Path]=typer.Option(None, help='folder for all that is computed [default: runs/PRESET-wWORLD-sSEED]'),
@@ -93,8 +93,8 @@ def reproduce(preset:str=typer.Option('default', help='smoke (two minutes) or de
     if len(few): _print(few, 'Accuracy (%) after 50 steps on labelled images of the task')
     console.print(f'Guidance scale chosen on validation tasks: {done.gamma}. Results, intervals, figures and the trained HyperLDM are in {out}', highlight=False)
 
-# %% ../nbs/22_cli.ipynb #27ce4def
-audit = typer.Typer(help='Does the text matter? Is it memorised? Ask an experiment that reproduce made.', rich_markup_mode=None, no_args_is_help=True)
+# %% ../nbs/22_cli.ipynb #42a87b80
+audit = typer.Typer(help='Does the text matter? Is it memorised? Can its probabilities be believed? Ask an experiment that reproduce made.', rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(audit, name='audit')
 
 def _lab(out, progress, device):
@@ -102,12 +102,20 @@ def _lab(out, progress, device):
     return Lab.open(out, device=_device(device), track=_tracker(progress))
 
 OUT, SEEDS, DEVICE = typer.Option(..., help='folder that reproduce made'), typer.Option(1, min=1, help='how many seeds, from 0'), typer.Option('auto', help='auto, cpu or cuda')
+HEARD = typer.Option('', help='slugs with commas between them, of methods that read a question [default: five of them]', show_default=False)
+
+def _heard(text):
+    "The methods to be audited"
+    from hyperclip_nb.audits import TOLD
+    chosen = tuple(m.strip() for m in text.split(',')) if text else TOLD
+    if set(chosen) - set(TOLD): raise ValueError(f'no audit of {", ".join(sorted(set(chosen) - set(TOLD)))}: use some of {", ".join(TOLD)}')
+    return chosen
 
 @audit.command('text')
-def audit_text(out:Path=OUT, seeds:int=SEEDS, device:str=DEVICE):
+def audit_text(out:Path=OUT, seeds:int=SEEDS, methods:str=HEARD, device:str=DEVICE):
     "Accuracy with true, paraphrased, shuffled, random and empty descriptions."
     from hyperclip_nb import audits
-    with _progress() as progress: found = audits.text_audit(_lab(out, progress, device), range(seeds))
+    with _progress() as progress: found = audits.text_audit(_lab(out, progress, device), range(seeds), _heard(methods))
     table = found[['method', 'description', 'accuracy']].assign(difference=[f'{r.difference:+.1f} [{r.difference_low:+.1f}, {r.difference_high:+.1f}]' for r in found.itertuples()])
     _keep_audit(found, table, audits.text_figure(found), out/'audit-text', 'Does the text matter? Test accuracy (%), and its difference to the true description')
 
@@ -119,6 +127,13 @@ def audit_memory(out:Path=OUT, seeds:int=SEEDS, device:str=DEVICE):
     _keep_audit(found, found.groupby('candidate', sort=False)[['distance', 'overlap', 'accuracy']].mean().reset_index(), audits.memory_figure(found), out/'audit-memory',
                 'Is it memorised? Means over test tasks')
 
+@audit.command('calibration')
+def audit_calibration(out:Path=OUT, seeds:int=SEEDS, methods:str=HEARD, device:str=DEVICE):
+    "How often answers of each probability are right."
+    from hyperclip_nb import audits
+    with _progress() as progress: found = audits.calibration_audit(_lab(out, progress, device), range(seeds), _heard(methods))
+    _keep_audit(found, audits.calibration_error(found), audits.calibration_figure(found), out/'audit-calibration', 'Can its probabilities be believed? Percent, on query images of test tasks')
+
 def _keep_audit(found, table, figure, path, title):
     "Write an audit as CSV and as a figure, and print its table"
     from hyperclip_nb.figures import save_figure
@@ -126,7 +141,16 @@ def _keep_audit(found, table, figure, path, title):
     write_whole(path.with_suffix('.csv'), found.to_csv(index=False, float_format='%.4f')); save_figure(figure, path)
     _print(table, title, f'The audit and its figure are in {path}.csv, .png and .svg')
 
-# %% ../nbs/22_cli.ipynb #187480e9
+# %% ../nbs/22_cli.ipynb #a6fb4253
+@app.command()
+def laboratory(out:Path=OUT, seeds:int=SEEDS, device:str=DEVICE):
+    "Every way to guide the tuned HyperLDM, every sampler and number of samples, on validation tasks."
+    from hyperclip_nb import laboratory as bench
+    with _progress() as progress: found = bench.laboratory(_lab(out, progress, device), range(seeds))
+    best = found.groupby(bench.KNOBS, sort=False).accuracy.agg(['mean', 'std']).reset_index().sort_values('mean', ascending=False)
+    _keep_audit(found, best.groupby('bench', sort=False).head(3), bench.laboratory_figure(found), out/'laboratory', 'The three best settings of each bench, by accuracy (%) on validation tasks')
+
+# %% ../nbs/22_cli.ipynb #c6ba8e20
 def _question(question:str, answers:Optional[str]): # -> Concept or None, statement prompt, list of answers
     "Turn a question into a statement with a gap, and find what may fill it"
     from hyperclip_nb import world
@@ -160,7 +184,7 @@ def _example(concept, seed:int, path:Path):
     data = io.BytesIO(); picture.save(data, 'PNG'); write_whole(path, data.getvalue())
     return picture, concept and world.answers(concept.ask)[right[sensible[0]]]
 
-# %% ../nbs/22_cli.ipynb #f7cce001
+# %% ../nbs/22_cli.ipynb #1599ba38
 SHIPPED = Path(__file__).parent/'assets'/'hyperldm.safetensors' if '__file__' in globals() else Path('../hyperclip_nb/assets/hyperldm.safetensors').resolve()
 
 @app.command()
@@ -181,13 +205,19 @@ def ask(question:str=typer.Argument(help='such as "What color is the large star?
     import torch
     from hyperclip_nb.adapter import load_weights, save_weights
     from hyperclip_nb.clip import load_clip, strange_words, vocabulary
-    from hyperclip_nb.hyperldm import load_hyperldm
+    from hyperclip_nb.hyperldm import also_holds, load_hyperldm
     from hyperclip_nb.tasks import TaskBatch
-    adapter, hvae, ldm, facts = load_hyperldm(model)
+    if also_holds(model):
+        from hyperclip_nb.tuning import load_tuned
+        adapter, tuned, whiten, facts = load_tuned(model)
+        write = lambda e, g: tuned.sample(whiten(e), gamma, g, samples=8)
+    else:
+        adapter, hvae, ldm, facts = load_hyperldm(model)
+        write = lambda e, g: hvae.decode(ldm.sample(e, gamma, g))
     clip = load_clip(facts.get('clip_name', 'tiny'))
     if facts['clip'] != clip.fingerprint: raise ValueError(f'{model} belongs to another CLIP ({facts["clip"]}, not {clip.fingerprint}); train it again with hyperclip reproduce')
     if weights: W = load_weights(weights, adapter, clip.fingerprint)
-    else: W = hvae.decode(ldm.sample(clip.encode_text([question]), gamma, torch.Generator().manual_seed(seed)))[0]
+    else: W = write(clip.encode_text([question]), torch.Generator().manual_seed(seed))[0]
     if example: image = Path('hyperclip-example.png'); picture, right = _example(concept, seed, image)
     x, a = clip.encode_image([picture]), clip.encode_text([prompt.format(n) for n in names])
     batch = TaskBatch(x[None], torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), a[None], torch.ones(1, len(a), dtype=torch.bool), None)
@@ -201,7 +231,7 @@ def ask(question:str=typer.Argument(help='such as "What color is the large star?
     if json: print(json_.dumps(said))
     else: _say(said)
 
-# %% ../nbs/22_cli.ipynb #6929c7e1
+# %% ../nbs/22_cli.ipynb #976fbc99
 def _say(said:dict):
     "Print ranked answers, the ten likeliest"
     table = Table('answer', 'probability', '', title=said['question'])
@@ -211,7 +241,7 @@ def _say(said:dict):
     if 'right' in said: console.print(f'The right answer is {said["right"]}; the scene is in {said["image"]}', highlight=False)
     if 'weights' in said: console.print(f'The network is in {said["weights"]}', highlight=False)
 
-# %% ../nbs/22_cli.ipynb #173fbe95
+# %% ../nbs/22_cli.ipynb #e8eec5f6
 @app.command()
 def train_clip(out:Path=typer.Option(..., help='file for the weights'), steps:int=typer.Option(1500, min=100), scenes:int=typer.Option(30_000, min=200), seed:int=typer.Option(0, min=0)):
     "Train the tiny CLIP on captions of scenes."

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['StrongNet', 'train_cond_strong', 'Ridge', 'fit_ridge']
 
-# %% ../nbs/16_company.ipynb #1150567b
+# %% ../nbs/16_company.ipynb #1e6a602e
 import functools, torch
-from sklearn.kernel_ridge import KernelRidge
 from torch import nn, Tensor
 from .adapter import Adapter
 from .hypernet import HyperNet
 from .multitask import fit
 from .tasks import TaskData
 
-# %% ../nbs/16_company.ipynb #d7325469
+# %% ../nbs/16_company.ipynb #978b9063
 class StrongNet(nn.Module):
     "W = W⁰ + h(e): a network for all tasks, and what the question changes in it"
     def __init__(self, W0:Tensor,    # (P,) where it starts
@@ -38,7 +37,7 @@ def train_cond_strong(adapter:Adapter, W0:Tensor, data:TaskData, valid:TaskData,
                       optimiser=functools.partial(torch.optim.AdamW, weight_decay=.01, fused=True), **kw)
     return net.eval().requires_grad_(False), history
 
-# %% ../nbs/16_company.ipynb #f220301b
+# %% ../nbs/16_company.ipynb #56be0ada
 class Ridge(nn.Module):
     "Kernel ridge regression from questions to latents, as tensors"
     def __init__(self, n:int, width:int, latent:int, kappa:float=.01): # training questions; D; Z; how fast likeness fades
@@ -53,6 +52,7 @@ def fit_ridge(mu:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights; (T,D) w
               rows=None,           # tasks whose descriptor is known; all where None. The mean latent is that of all
               alpha:float=.1, kappa:float=.01)->Ridge:
     "Solve kernel ridge regression from questions to the mean latent of each task"
+    from sklearn.kernel_ridge import KernelRidge   # here, since it takes a second to import
     rows = torch.arange(len(e)) if rows is None else torch.as_tensor(rows)
     z, net = mu.mean(1), Ridge(len(rows), e.shape[1], mu.shape[-1], kappa).to(e.device)
     net.mean.copy_(z.mean(0)); net.e.copy_(e[rows])

@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'STAGES', 'WITHOUT', 'METHODS', 'ALL', 'ABLATION', 'AHEAD'
            'measure', 'Experiment', 'reproduce', 'save_results', 'read_results', 'best_gamma', 'bootstrap', 'summary',
            'per_task', 'compare', 'table1', 'table4']
 
-# %% ../nbs/18_experiments.ipynb #4cb5b3b5
+# %% ../nbs/18_experiments.ipynb #4312e567
 import functools, json, platform, shutil, subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,9 +32,9 @@ from .guidance import fit_to_question, guide
 from .hyperldm import HyperLDM, save_hyperldm, train_hyperldm, train_regression
 from .whitening import fit_whitening
 from .company import Ridge, StrongNet, fit_ridge, train_cond_strong
-from .tuning import TunedLDM, tune
+from .tuning import TunedLDM, save_tuned, tune
 
-# %% ../nbs/18_experiments.ipynb #a2d6cf0f
+# %% ../nbs/18_experiments.ipynb #863f60ea
 PRESETS = dict(
     default=dict(
         world=dict(tasks=(870, 100, 373), scenes=(24_000, 6_000, 12_000)), adapter=dict(hidden=32, temperature=30.),
@@ -53,7 +53,7 @@ PRESETS['smoke'] = PRESETS['default'] | dict(
     hvae=dict(steps=300, kl_weight=4e-3, ce_weight=4.), hyperclip=dict(steps=200), hyperldm=dict(steps=600, lr=1e-3), regression=dict(steps=300, lr=1e-3),
     cond_strong=dict(epochs=4, lr=1e-3), tuned=dict(epochs=2, lr=1e-3))
 
-# %% ../nbs/18_experiments.ipynb #8b5930e3
+# %% ../nbs/18_experiments.ipynb #3a6fa82a
 STAGES = ('multitask', 'cond_multitask', 'weights', 'hvae', 'hyperldm', 'sampling', 'mnet_maml', 'mnet_fomaml', 'hnet_maml', 'cond_film', 'cond_hnet_maml',
           'hnet_latents', 'hyperclip', 'hnet_hyperclip', 'hnet_hyperldm', 'regression', 'plain_clip', 'few_shot', 'cond_strong', 'ridge', 'tuned')
 
@@ -61,7 +61,7 @@ def generator(seed:int, stage:str)->torch.Generator:
     "The source of random numbers of one stage"
     return torch.Generator().manual_seed(1000*seed + STAGES.index(stage))
 
-# %% ../nbs/18_experiments.ipynb #6b7a4865
+# %% ../nbs/18_experiments.ipynb #93222ed9
 class Lab:
     "A world with its features, and the folder that keeps whatever is computed from it"
     def __init__(self, preset:str='default', # a key of `PRESETS`
@@ -85,7 +85,7 @@ class Lab:
         except (OSError, ValueError): raise ValueError(f'{folder} holds no experiment: make one with hyperclip reproduce --out {folder}') from None
         return cls(c['preset'], c['world_seed'], folder, clip=c['clip']['name'], **kw)
 
-# %% ../nbs/18_experiments.ipynb #a67c6b4a
+# %% ../nbs/18_experiments.ipynb #2b773897
 def _claim(folder, config):
     "ValueError where a folder is another experiment's. What a killed process left half-written in it goes"
     file = folder/'config.json'
@@ -97,12 +97,12 @@ def _claim(folder, config):
 
 def _short(x): return str(x) if len(str(x)) < 60 else str(x)[:56] + ' …'
 
-# %% ../nbs/18_experiments.ipynb #7fb71b05
+# %% ../nbs/18_experiments.ipynb #26558e40
 def _same(x): return x
 
 def _state(x): return {'value': x} if isinstance(x, Tensor) else x.state_dict()
 
-# %% ../nbs/18_experiments.ipynb #597b8f35
+# %% ../nbs/18_experiments.ipynb #7b68f266
 class Models:
     "Everything that one seed and one share of descriptors train, each model when it is first asked for"
     def __init__(self, lab:Lab, seed:int, share:float=1.,
@@ -198,14 +198,14 @@ class Models:
         return self._keep('tuned' + f'-{what}'*bool(what), lambda **kw: tune(self.lab.adapter, self.hvae, self.hyperldm, *self.hvae.encode(self.weights), *self.tasks[1:], **kw | WITHOUT[what])[0],
                           lambda: TunedLDM(HVAE(self.P), HyperLDM(32, self.D)), 'tuned', told=True, longer=True)
 
-# %% ../nbs/18_experiments.ipynb #073a849c
+# %% ../nbs/18_experiments.ipynb #3bdfdb29
 def _guided(m, data, space):
     "HyperCLIP guidance (Algorithm 11): from the learned z⁰ in the latent space of the HNet, from noise in that of the HVAE"
     net, gen, clip_h = (m.hnet_maml, m.hnet_maml.z0.expand(len(data), -1), m.hnet_hyperclip) if space == 'hnet' else (m.hvae, None, m.hyperclip)
     z0 = gen if space == 'hnet' else torch.randn(len(data), 32, generator=generator(m.seed, 'sampling')).to(m.lab.device)
     return net.decode(guide(clip_h, net.decode, z0, data.e, **m.lab.preset['guidance'][space])[-1])
 
-# %% ../nbs/18_experiments.ipynb #bbf23cea
+# %% ../nbs/18_experiments.ipynb #df377221
 def write_weights(m:Models, e:Tensor, gamma:float, samples:int=1, eta:float=0., space:str='hvae')->Tensor: # (T,D) -> (T,P)
     "HyperLDM (Algorithm 14): the mean of the weights of `samples` latents for each question; with `eta`, guided by HyperCLIP as well"
     net, ldm = (m.hvae, m.hyperldm) if space == 'hvae' else (m.hnet_maml, m.hnet_hyperldm)
@@ -214,7 +214,7 @@ def write_weights(m:Models, e:Tensor, gamma:float, samples:int=1, eta:float=0., 
     W = net.decode(ldm.sample(e, gamma, generator(m.seed, 'sampling'), log_p=log_p, eta=eta))
     return W.unflatten(0, (-1, samples)).mean(1)
 
-# %% ../nbs/18_experiments.ipynb #600b9313
+# %% ../nbs/18_experiments.ipynb #08e99428
 WITHOUT = {'': {}, 'undirect': dict(direct=False), 'frozen': dict(decoder=False), 'unkept': dict(keep=0.), 'unguided': dict(gammas=(1., 1.))}
 
 def _tuned_without(m, d, what):
@@ -226,13 +226,13 @@ def _several(nets, e):
     "One network that reads e, or the weights (T,K,P) of several"
     return (e, nets[0]) if len(nets) == 1 else (torch.stack([net(e) for net in nets], 1), _same)
 
-# %% ../nbs/18_experiments.ipynb #c407d358
+# %% ../nbs/18_experiments.ipynb #6e113bf2
 def nearest_question(m:Models, e:Tensor)->Tensor: # (T,D) -> (T,P)
     "No learning from words at all: the network of the described training task whose question is most alike, written by the HVAE"
     alike = F.normalize(e, dim=-1)@F.normalize(m.train.e[m.rows], dim=-1).T
     return m.hvae.decode(m.hvae.encode(m.weights[m.rows][alike.argmax(1)])[0].mean(1))
 
-# %% ../nbs/18_experiments.ipynb #7a8b04e9
+# %% ../nbs/18_experiments.ipynb #6f7cafa2
 @dataclass(frozen=True)
 class Method:
     "A row of the paper's tables"
@@ -272,7 +272,7 @@ ABLATION = tuple(slug for slug in METHODS if slug.startswith('hvae-hyperldm-tune
 AHEAD = ('clip', 'multitask', 'cond-multitask', 'cond-multitask-strong', 'hvae-regression-white', 'hvae-ridge', 'hvae-hyperldm', 'hvae-hyperldm-tuned')  # the tuned HyperLDM and all its company
 QUICK = 'clip', 'multitask', 'cond-multitask', 'hvae-hyperldm'   # what the paper is about, in a few minutes
 
-# %% ../nbs/18_experiments.ipynb #69e79b1e
+# %% ../nbs/18_experiments.ipynb #0b7aed80
 IMAGES = 1, 2, 4, 8, 16                                          # support images of the few-shot curve
 CURVE = 'clip', 'multitask', 'mnet-maml', 'hvae-hyperldm'        # the methods that it compares
 
@@ -298,7 +298,7 @@ def measure(m:Models, row:dict, part:str)->np.ndarray: # (T,) percent
     if row['setting'] == 'few-shot': v = adapt_all(adapter, v, data, few_images(data, row['images'], m.seed), decode=decode, **m.lab.preset['few_shot'])
     with torch.no_grad(): return evaluate(adapter, decode(v.expand(len(data), -1) if v.ndim < 3 else v), data)
 
-# %% ../nbs/18_experiments.ipynb #e3c5a59e
+# %% ../nbs/18_experiments.ipynb #0bf9a95b
 @dataclass
 class Experiment:
     "A finished grid: what was asked, its rows, and the laboratory in which more can be done"
@@ -317,7 +317,7 @@ class Experiment:
 
     @property
     def gamma(self): return best_gamma(self.results)
-    def models(self, seed=None, share=1.): return Models(self.lab, self.config['seeds'][0] if seed is None else seed, share)
+    def models(self, seed=None, share=1., white=False): return Models(self.lab, self.config['seeds'][0] if seed is None else seed, share, white)
 
 def reproduce(preset:str='default', seeds=(0,), shares=(1.,), # seeds of everything that is trained; shares of descriptors
               methods=ALL, gammas:tuple=(0., .5, 1., 1.5, 2., 3., 5.),
@@ -357,7 +357,7 @@ def _job(m, slug, share, gammas, say):
     say(f'seed {m.seed}, {share:4.0%} of descriptors, {METHODS[slug].name}: ' + ', '.join(f'{np.mean(r["test"]):.1f}' for r in found if r['setting'] == 'zero-shot'))
     return found
 
-# %% ../nbs/18_experiments.ipynb #03f99bf3
+# %% ../nbs/18_experiments.ipynb #50008415
 def _commit():
     "The commit of the checkout that this runs from, or None"
     run = subprocess.run(['git', '-C', Path(__file__).parent if '__file__' in globals() else '.', 'rev-parse', 'HEAD'], capture_output=True, text=True)
@@ -365,7 +365,7 @@ def _commit():
 
 def _lines(rows): return '[\n  ' + ',\n  '.join(json.dumps(r) for r in rows) + ']'
 
-# %% ../nbs/18_experiments.ipynb #d16ed89b
+# %% ../nbs/18_experiments.ipynb #9bea3f89
 def save_results(done:Experiment, out):
     "Write results, tables and the trained HyperLDM, each file whole or not at all"
     out, r, c = Path(out), done.results, done.config
@@ -385,16 +385,20 @@ def save_results(done:Experiment, out):
         m = done.models()
         save_hyperldm(out/'hyperldm.safetensors', done.lab.adapter, m.hvae, m.hyperldm, done.lab.clip.fingerprint, gamma=best_gamma(r), preset=c['preset'],
                       seed=m.seed, world_seed=c['world_seed'], clip_name=done.lab.clip.name)
+    if 'hvae-hyperldm-tuned' in c['methods']:
+        m = done.models(white=True)
+        save_tuned(out/'hyperldm-tuned.safetensors', done.lab.adapter, m.tuned, m.read, done.lab.clip.fingerprint, gamma=2., preset=c['preset'],
+                   seed=m.seed, world_seed=c['world_seed'], clip_name=done.lab.clip.name)
 
 def read_results(folder)->dict: # config, rows; valid, test (rows, T) and concepts (T,) as arrays
     "What `save_results` wrote; ValueError where there is nothing to be read"
     try: return json.loads((Path(folder)/'results.json').read_text()) | load_arrays(Path(folder)/'per_task.safetensors')
     except Exception as e: raise ValueError(f'{folder} holds no readable results ({e}): make them with hyperclip reproduce --out {folder}') from None
 
-# %% ../nbs/18_experiments.ipynb #5a7b0886
+# %% ../nbs/18_experiments.ipynb #d2dba0d5
 KEYS = ['method', 'descriptors', 'setting', 'gamma', 'eta', 'samples', 'images']
 
-# %% ../nbs/18_experiments.ipynb #d66219f0
+# %% ../nbs/18_experiments.ipynb #2a9edeb0
 def best_gamma(results:dict)->float|None:
     "The guidance scale above 0 with the best mean accuracy of one sample of `hvae-hyperldm` on validation tasks, with all descriptors"
     rows = pd.DataFrame(results['rows']).assign(valid=results['valid'].mean(1))
@@ -403,7 +407,7 @@ def best_gamma(results:dict)->float|None:
     mean = rows[rows.descriptors == rows.descriptors.max()].groupby('gamma').valid.mean()
     return float((mean[mean.index > 0] if mean.index.max() > 0 else mean).idxmax())
 
-# %% ../nbs/18_experiments.ipynb #c7953314
+# %% ../nbs/18_experiments.ipynb #d35a5fd9
 def bootstrap(difference:np.ndarray, concepts:np.ndarray, # (T,) of tasks; (T,) which concept each task asks about
               draws:int=2000, seed:int=0)->tuple: # low and high end
     "95 % interval of the mean over tasks, when concepts are drawn with replacement"
@@ -412,7 +416,7 @@ def bootstrap(difference:np.ndarray, concepts:np.ndarray, # (T,) of tasks; (T,) 
     times = np.random.default_rng(seed).multinomial(len(count), np.full(len(count), 1/len(count)), draws)
     return tuple(np.percentile(times@total/(times@count), (2.5, 97.5)))
 
-# %% ../nbs/18_experiments.ipynb #69f734ff
+# %% ../nbs/18_experiments.ipynb #a0f51e75
 def summary(results:dict, against:str='cond-multitask')->pd.DataFrame:
     "A line for each method and setting: test and validation accuracy over seeds, the share of the way, the paired difference to `against`"
     rows = pd.DataFrame(results['rows']).reset_index()
@@ -435,7 +439,7 @@ def _title(r):
     more = [f'γ = {r.gamma:g}'*(r.gamma >= 0), f'η = {r.eta:g}'*(r.eta >= 0), f'mean of {r.samples}'*(r.samples > 1)]
     return ', '.join([METHODS[r.method].name, *filter(None, more)])
 
-# %% ../nbs/18_experiments.ipynb #68c2b821
+# %% ../nbs/18_experiments.ipynb #c7c4a3d3
 def per_task(results:dict, **row)->np.ndarray: # (seeds,T)
     "Test accuracy of the tasks, a line for each seed, of a zero-shot row that is named by its `method`, and `descriptors`, `gamma`, `samples` where they differ"
     row = dict(descriptors=1., gamma=None, eta=None, samples=1, setting='zero-shot', images=0) | row
@@ -450,7 +454,7 @@ def compare(worlds:list, # of results
     low, high = bootstrap(x - y, np.concatenate([r['concepts'] + 10_000*i for i, r in enumerate(worlds)]))
     return dict(a=x.mean(), b=y.mean(), difference=(x - y).mean(), low=low, high=high)
 
-# %% ../nbs/18_experiments.ipynb #6546fb65
+# %% ../nbs/18_experiments.ipynb #8c943868
 PAPER = { # slug, γ -> Table 1 at 50 % and 100 % of descriptors, Table 4 (mean, s.d.)
     ('clip', -1): (None, (44.99, None), (54.93, .11)), ('multitask', -1): (None, (53.75, .36), (55.53, .40)),
     ('mnet-maml', -1): (None, (53.04, .69), (60.24, .84)), ('mnet-fomaml', -1): (None, (53.04, .42), (60.03, .48)),
@@ -477,7 +481,7 @@ def table4(results:dict)->pd.DataFrame:
     s = summary(results); s = s[(s.setting == 'few-shot') & (s.images == -1)]
     return pd.DataFrame([dict(method=METHODS[r.method].name, few_shot=_cell((r.test, r.sd)), paper=_cell(PAPER.get((r.method, r.gamma), (None,)*3)[2])) for r in s.itertuples()])
 
-# %% ../nbs/18_experiments.ipynb #6e6871ee
+# %% ../nbs/18_experiments.ipynb #6c03409b
 def _cell(found):
     "Mean and s.d. as the paper prints them"
     if not found: return ''

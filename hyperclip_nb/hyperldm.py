@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['train_regression', 'time_embedding', 'Block', 'NoiseNet', 'HyperLDM', 'train_hyperldm', 'save_hyperldm',
-           'load_hyperldm']
+           'load_hyperldm', 'also_holds']
 
-# %% ../nbs/14_hyperldm.ipynb #59054ffb
+# %% ../nbs/14_hyperldm.ipynb #ec0a7421
 import copy, functools, json, math, torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -18,7 +18,7 @@ from .hvae import HVAE, draw, mlp
 from .ddpm import diffusion_loss, linear_schedule, sample_ddim
 from .cfg import classifier_free, classifier_guided
 
-# %% ../nbs/14_hyperldm.ipynb #e1e3f951
+# %% ../nbs/14_hyperldm.ipynb #92b9153f
 def train_regression(mu:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights; (T,D) task embeddings
                      rows=None,           # tasks whose descriptor is known; all where None
                      steps:int=400, batch:int=128, lr:float=1e-3, hidden:tuple=(256, 256),
@@ -37,7 +37,7 @@ def train_regression(mu:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights; 
         history.append(loss.item())
     return net.eval().requires_grad_(False), history
 
-# %% ../nbs/14_hyperldm.ipynb #6d07c63c
+# %% ../nbs/14_hyperldm.ipynb #d540de23
 def time_embedding(t:Tensor, # (B,) steps
                    width:int=150)->Tensor: # (B,width)
     "Sines and cosines of the step at `width/2` frequencies, falling from 1 to about 1/10,000"
@@ -45,7 +45,7 @@ def time_embedding(t:Tensor, # (B,) steps
     angle = t[:, None]*frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
 
-# %% ../nbs/14_hyperldm.ipynb #a08aa5a4
+# %% ../nbs/14_hyperldm.ipynb #d5004c2b
 class Block(nn.Module):
     "A hidden layer that is told the condition, weighs its own channels (squeeze and excitation), and adds to what came in"
     def __init__(self, n_in:int, n_out:int, n_cond:int):
@@ -58,7 +58,7 @@ class Block(nn.Module):
         change = self.main(torch.cat([h, cond], 1))
         return self.shortcut(h) + self.gate(change)*change
 
-# %% ../nbs/14_hyperldm.ipynb #5ea61c6e
+# %% ../nbs/14_hyperldm.ipynb #3b70b301
 class NoiseNet(nn.Module):
     "ε(z,t,e): residual blocks, with the step and the task embedding at the input and at every hidden layer (appendix A.2)"
     def __init__(self, latent:int,                 # Z
@@ -80,7 +80,7 @@ class NoiseNet(nn.Module):
         for block in self.blocks: z = block(z, cond)
         return self.out(torch.cat([z, cond], 1))
 
-# %% ../nbs/14_hyperldm.ipynb #6d22ace2
+# %% ../nbs/14_hyperldm.ipynb #da0dd172
 class HyperLDM(nn.Module):
     "A latent diffusion model of weights: a noise network, and the scale of the latents it was trained on"
     def __init__(self, latent:int, width:int,      # Z; D, of the task embedding
@@ -108,7 +108,7 @@ class HyperLDM(nn.Module):
         z = torch.randn(len(e), len(self.mean), generator=generator).to(e.device)
         return self.denoise(z, e, gamma, steps, log_p, eta)
 
-# %% ../nbs/14_hyperldm.ipynb #270c4fff
+# %% ../nbs/14_hyperldm.ipynb #26f1df8e
 def train_hyperldm(mu:Tensor, log_var:Tensor, # (T,K,Z) latents of adapted weights, as mean and log-variance
                    e:Tensor,                  # (T,D) task embeddings
                    rows=None,                 # tasks whose descriptor is known; all where None
@@ -138,20 +138,21 @@ def train_hyperldm(mu:Tensor, log_var:Tensor, # (T,K,Z) latents of adapted weigh
         history.append(loss.item())
     return ldm.eval(), history
 
-# %% ../nbs/14_hyperldm.ipynb #f6c3abf8
+# %% ../nbs/14_hyperldm.ipynb #472c088e
 def save_hyperldm(path, adapter:Adapter, hvae:HVAE, ldm:HyperLDM,
                   clip:str,  # fingerprint of the CLIP that makes task embeddings
+                  also:dict={}, # other modules that belong to it, by name
                   **facts):  # what else should be known about it
     "Write all that turns a task embedding into weights: decoder and noise network in half precision, their sizes, the CLIP they belong to"
     sizes = dict(width=adapter.width, hidden=adapter.hidden, temperature=adapter.temperature, latent=len(ldm.mean), kind=ldm.kind,
                  hvae=[m.out_features for m in hvae.decoder[:-1] if isinstance(m, nn.Linear)][::-1],
-                 ldm=[b.main[0].out_features for b in ldm.net.blocks])
-    half = {f'{k}.{n}': v.half().contiguous() for k, m in dict(hvae=hvae, ldm=ldm).items() for n, v in _kept(m).items()}
+                 ldm=[b.main[0].out_features for b in ldm.net.blocks], also=sorted(also))
+    half = {f'{k}.{n}': v.half().contiguous() for k, m in (dict(hvae=hvae, ldm=ldm) | also).items() for n, v in _kept(m).items()}
     write_whole(path, save(half, dict(sizes=json.dumps(sizes), clip=clip, facts=json.dumps(facts))))
 
 def _kept(module): return {n: v for n, v in module.state_dict().items() if not n.startswith('encoder')}
 
-def load_hyperldm(path): # -> Adapter, HVAE (its decoder only), HyperLDM, dict
+def load_hyperldm(path, also=lambda hvae, ldm: {}): # gives the other modules by name, to be filled -> Adapter, HVAE (its decoder only), HyperLDM, dict
     "Read what `save_hyperldm` wrote; ValueError where the file is damaged or something else"
     try:
         with safe_open(path, 'pt') as f: about, tensors = f.metadata() or {}, {k: f.get_tensor(k).float() for k in f.keys()}
@@ -160,8 +161,9 @@ def load_hyperldm(path): # -> Adapter, HVAE (its decoder only), HyperLDM, dict
         adapter = Adapter(s['width'], s['hidden'], s['temperature'])
         hvae = HVAE(adapter.n_weights, s['latent'], tuple(s['hvae']))
         ldm = HyperLDM(s['latent'], s['width'], tuple(s['ldm']), s['kind'])
-        hvae.encoder = None
-        for name, module in dict(hvae=hvae, ldm=ldm).items():
+        hvae.encoder, more = None, also(hvae, ldm)
+        if s.get('also', []) != sorted(more): raise ValueError(f'beside a HyperLDM it holds {s.get("also", [])}, not {sorted(more)}')
+        for name, module in (dict(hvae=hvae, ldm=ldm) | more).items():
             for n, v in _kept(module).items():
                 found = tensors.get(f'{name}.{n}')
                 if found is None or found.shape != v.shape: raise ValueError(f'{name}.{n} is missing or of another shape')
@@ -169,3 +171,9 @@ def load_hyperldm(path): # -> Adapter, HVAE (its decoder only), HyperLDM, dict
         facts = dict(clip=about['clip'], **json.loads(about['facts']))
     except Exception as e: raise ValueError(f'{path} holds no readable HyperLDM ({e}); train one with hyperclip reproduce') from None
     return adapter, hvae.eval().requires_grad_(False), ldm.eval().requires_grad_(False), facts
+
+def also_holds(path)->list: # of names
+    "The modules that a file of `save_hyperldm` holds beside HVAE and HyperLDM; none where it cannot be read"
+    try:
+        with safe_open(path, 'pt') as f: return json.loads(f.metadata()['sizes'])['also']
+    except Exception: return []
