@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KNOBS', 'THIRDS', 'guided', 'draw_weights', 'benches', 'laboratory', 'laboratory_figure']
 
-# %% ../nbs/21_laboratory.ipynb #7c935d5f
+# %% ../nbs/21_laboratory.ipynb #deef2a28
 import pandas as pd, seaborn as sns, torch
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ from .ddpm import sample_ddim, sample_ddpm
 from .experiments import Lab, Models, generator
 from .guidance import fit_to_question
 
-# %% ../nbs/21_laboratory.ipynb #fbaae4bd
+# %% ../nbs/21_laboratory.ipynb #7ff8c924
 KNOBS = ['bench', 'guide', 'gamma', 'eta', 'sampler', 'steps', 'samples', 'mean']
 THIRDS = dict(noisy=(234, 350), middle=(117, 234), clean=(0, 117))
 
@@ -32,7 +32,7 @@ def guided(m:Models, e:Tensor, # (B,D) whitened task embeddings
         return classifier_guided(plain, log_p, eta, ldm.schedule, ldm.kind)
     return plain
 
-# %% ../nbs/21_laboratory.ipynb #2309b248
+# %% ../nbs/21_laboratory.ipynb #327cae77
 @torch.no_grad()
 def draw_weights(m:Models, e:Tensor, guide:str='classifier-free', gamma:float=2., eta:float=0.,
                  sampler:str='ddim', steps:int=6, samples:int=8, mean:str='weights')->Tensor: # (T,D) -> (T,P), or (T,K,P) for the mean of probabilities
@@ -46,7 +46,7 @@ def draw_weights(m:Models, e:Tensor, guide:str='classifier-free', gamma:float=2.
     W = hvae.decode(z) + direct[:, None]
     return W if mean == 'probabilities' else W.mean(1)
 
-# %% ../nbs/21_laboratory.ipynb #f9a41324
+# %% ../nbs/21_laboratory.ipynb #a038a8e5
 def benches()->list: # of dicts: the knobs that differ from the standard
     "Everything that the laboratory tries"
     gammas = (0., .5, 1., 1.5, 2., 3., 4., 6.)
@@ -67,7 +67,7 @@ def laboratory(lab:Lab, seeds=(0,), share:float=1., part:str='valid', tried:list
             rows.append(dict(bench=b['bench'], seed=seed, descriptors=share, **knobs, accuracy=evaluate(lab.adapter, draw_weights(m, data.e, **knobs), data).mean()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/21_laboratory.ipynb #01d1ded1
+# %% ../nbs/21_laboratory.ipynb #868824c8
 def laboratory_figure(found:pd.DataFrame)->Figure:
     "A panel for each bench, means over seeds with their s.d."
     panels = dict(guide=('gamma', 'guide', 'guidance scale γ', 'who guides, and when'), HyperCLIP=('eta', 'gamma', 'weight η of HyperCLIP', "a classifier's guidance"),

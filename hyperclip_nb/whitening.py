@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Whitening', 'fit_whitening']
 
-# %% ../nbs/15_whitening.ipynb #025ab1fe
+# %% ../nbs/15_whitening.ipynb #2cd0b869
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 
-# %% ../nbs/15_whitening.ipynb #3db0e994
+# %% ../nbs/15_whitening.ipynb #dfbca660
 class Whitening(nn.Module):
     "Task embeddings with their quiet directions turned up, all of one length"
     def __init__(self, width:int, length:float=8.): # D; of what comes out
