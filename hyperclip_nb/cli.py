@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'console', 'main']
 
-# %% ../nbs/22_cli.ipynb #c36e5576
+# %% ../nbs/22_cli.ipynb #a40e3630
 import json as json_, os, sys
 from pathlib import Path
 from typing import Optional
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-# %% ../nbs/22_cli.ipynb #3da65e45
+# %% ../nbs/22_cli.ipynb #723061c1
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help='Write the weights of a small network from a question in words.')
 console = Console()
@@ -38,7 +38,7 @@ def _numbers(text:str)->tuple:
     try: return tuple(float(x) for x in text.split(','))
     except ValueError: raise ValueError(f'give numbers with commas between them, such as 0,1,1.5, not {text!r}') from None
 
-# %% ../nbs/22_cli.ipynb #300d4717
+# %% ../nbs/22_cli.ipynb #4905d196
 def _tracker(progress):
     "A progress bar for the stage at work; it goes when the stage is done"
     def track(steps, what):
@@ -93,7 +93,7 @@ def reproduce(preset:str=typer.Option('default', help='smoke (two minutes) or de
     if len(few): _print(few, 'Accuracy (%) after 50 steps on labelled images of the task')
     console.print(f'Guidance scale chosen on validation tasks: {done.gamma}. Results, intervals, figures and the trained HyperLDM are in {out}', highlight=False)
 
-# %% ../nbs/22_cli.ipynb #253cf91a
+# %% ../nbs/22_cli.ipynb #9e3b2f62
 audit = typer.Typer(help='Does the text matter? Is it memorised? Can its probabilities be believed? Ask an experiment that reproduce made.', rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(audit, name='audit')
 
@@ -135,22 +135,30 @@ def audit_calibration(out:Path=OUT, seeds:int=SEEDS, methods:str=HEARD, device:s
     _keep_audit(found, audits.calibration_error(found), audits.calibration_figure(found), out/'audit-calibration', 'Can its probabilities be believed? Percent, on query images of test tasks')
 
 def _keep_audit(found, table, figure, path, title):
-    "Write an audit as CSV and as a figure, and print its table"
+    "Write what was measured as CSV and as a figure, and print its table"
     from hyperclip_nb.figures import save_figure
     from hyperclip_nb.tasks import write_whole
     write_whole(path.with_suffix('.csv'), found.to_csv(index=False, float_format='%.4f')); save_figure(figure, path)
-    _print(table, title, f'The audit and its figure are in {path}.csv, .png and .svg')
+    _print(table, title, f'All of it, and its figure, are in {path}.csv, .png and .svg')
 
-# %% ../nbs/22_cli.ipynb #913b4382
+# %% ../nbs/22_cli.ipynb #c6b27630
 @app.command()
 def laboratory(out:Path=OUT, seeds:int=SEEDS, device:str=DEVICE):
     "Every way to guide the tuned HyperLDM, every sampler and number of samples, on validation tasks."
     from hyperclip_nb import laboratory as bench
     with _progress() as progress: found = bench.laboratory(_lab(out, progress, device), range(seeds))
-    best = found.groupby(bench.KNOBS, sort=False).accuracy.agg(accuracy='mean', sd='std').reset_index().sort_values('accuracy', ascending=False)
-    _keep_audit(found, best.groupby('bench', sort=False).head(3), bench.laboratory_figure(found), out/'laboratory', 'The three best settings of each bench, by accuracy (%) on validation tasks')
+    _keep_audit(found, bench.best_settings(found), bench.laboratory_figure(found), out/'laboratory', 'The three best settings of each bench, by accuracy (%) on validation tasks')
 
-# %% ../nbs/22_cli.ipynb #30234194
+@app.command()
+def ensemble(out:Path=OUT, seeds:int=typer.Option(3, min=1, help='how many seeds, from 0'), device:str=DEVICE):
+    "Networks of several trainings that answer a question together."
+    from hyperclip_nb import laboratory as bench
+    from hyperclip_nb.tasks import write_whole
+    with _progress() as progress: found = bench.ensemble(_lab(out, progress, device), range(seeds))
+    write_whole(out/'ensemble.csv', found.to_csv(index=False, float_format='%.4f'))
+    _print(found.groupby('team', sort=False)[['networks', 'accuracy']].mean().reset_index(), f'Accuracy (%) on test tasks, {seeds} seeds', f'The accuracy of every task is in {out}/ensemble.csv')
+
+# %% ../nbs/22_cli.ipynb #421603dc
 def _question(question:str, answers:Optional[str]): # -> Concept or None, statement prompt, list of answers
     "Turn a question into a statement with a gap, and find what may fill it"
     from hyperclip_nb import world
@@ -184,7 +192,7 @@ def _example(concept, seed:int, path:Path):
     data = io.BytesIO(); picture.save(data, 'PNG'); write_whole(path, data.getvalue())
     return picture, concept and world.answers(concept.ask)[right[sensible[0]]]
 
-# %% ../nbs/22_cli.ipynb #a610f63c
+# %% ../nbs/22_cli.ipynb #f762d590
 SHIPPED = Path(__file__).parent/'assets'/'hyperldm.safetensors' if '__file__' in globals() else Path('../hyperclip_nb/assets/hyperldm.safetensors').resolve()
 
 @app.command()
@@ -231,7 +239,7 @@ def ask(question:str=typer.Argument(help='such as "What color is the large star?
     if json: print(json_.dumps(said))
     else: _say(said)
 
-# %% ../nbs/22_cli.ipynb #345c808f
+# %% ../nbs/22_cli.ipynb #3c602696
 def _say(said:dict):
     "Print ranked answers, the ten likeliest"
     table = Table('answer', 'probability', '', title=said['question'])
@@ -241,7 +249,7 @@ def _say(said:dict):
     if 'right' in said: console.print(f'The right answer is {said["right"]}; the scene is in {said["image"]}', highlight=False)
     if 'weights' in said: console.print(f'The network is in {said["weights"]}', highlight=False)
 
-# %% ../nbs/22_cli.ipynb #e956457b
+# %% ../nbs/22_cli.ipynb #439dda79
 @app.command()
 def train_clip(out:Path=typer.Option(..., help='file for the weights'), steps:int=typer.Option(1500, min=100), scenes:int=typer.Option(30_000, min=200), seed:int=typer.Option(0, min=0)):
     "Train the tiny CLIP on captions of scenes."
