@@ -6,7 +6,7 @@
 __all__ = ['KNOBS', 'THIRDS', 'TEAMS', 'guided', 'draw_weights', 'benches', 'laboratory', 'best_settings', 'laboratory_figure',
            'ensemble']
 
-# %% ../nbs/21_laboratory.ipynb #3b80ce2f
+# %% ../nbs/21_laboratory.ipynb #0b96de3a
 import pandas as pd, seaborn as sns, torch
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ from .experiments import METHODS, Lab, Models, generator
 from .guidance import fit_to_question
 from .audits import write
 
-# %% ../nbs/21_laboratory.ipynb #fbc3d2b8
+# %% ../nbs/21_laboratory.ipynb #ca6bfa2e
 KNOBS = ['bench', 'guide', 'gamma', 'eta', 'sampler', 'steps', 'samples', 'mean']
 THIRDS = dict(noisy=(234, 350), middle=(117, 234), clean=(0, 117))
 
@@ -34,7 +34,7 @@ def guided(m:Models, e:Tensor, # (B,D) whitened task embeddings
         return classifier_guided(plain, log_p, eta, ldm.schedule, ldm.kind)
     return plain
 
-# %% ../nbs/21_laboratory.ipynb #0341041c
+# %% ../nbs/21_laboratory.ipynb #979c886a
 @torch.no_grad()
 def draw_weights(m:Models, e:Tensor, guide:str='classifier-free', gamma:float=2., eta:float=0.,
                  sampler:str='ddim', steps:int=6, samples:int=8, mean:str='weights')->Tensor: # (T,D) -> (T,P), or (T,K,P) for the mean of probabilities
@@ -48,7 +48,7 @@ def draw_weights(m:Models, e:Tensor, guide:str='classifier-free', gamma:float=2.
     W = hvae.decode(z) + direct[:, None]
     return W if mean == 'probabilities' else W.mean(1)
 
-# %% ../nbs/21_laboratory.ipynb #349eabb4
+# %% ../nbs/21_laboratory.ipynb #e45b386e
 def benches()->list: # of dicts: the knobs that differ from the standard
     "Everything that the laboratory tries"
     gammas = (0., .5, 1., 1.5, 2., 3., 4., 6.)
@@ -69,7 +69,7 @@ def laboratory(lab:Lab, seeds=(0,), share:float=1., part:str='valid', tried:list
             rows.append(dict(bench=b['bench'], seed=seed, descriptors=share, **knobs, accuracy=evaluate(lab.adapter, draw_weights(m, data.e, **knobs), data).mean()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/21_laboratory.ipynb #69e4add2
+# %% ../nbs/21_laboratory.ipynb #fdb4c2fb
 def best_settings(found:pd.DataFrame, n:int=3)->pd.DataFrame:
     "The `n` best settings of each bench: mean accuracy and s.d. over seeds"
     turned = dict(guide=['guide', 'gamma'], HyperCLIP=['gamma', 'eta'], sampler=['sampler', 'steps'], samples=['samples', 'mean'])
@@ -77,7 +77,7 @@ def best_settings(found:pd.DataFrame, n:int=3)->pd.DataFrame:
     best['setting'] = [', '.join(f'{k} {getattr(r, k)}' for k in turned[r.bench]) for r in best.itertuples()]
     return best.groupby('bench', sort=False).head(n).sort_values(['bench', 'accuracy'], ascending=[True, False])[['bench', 'setting', 'accuracy', 'sd']]
 
-# %% ../nbs/21_laboratory.ipynb #787376c3
+# %% ../nbs/21_laboratory.ipynb #1f1c37b0
 def laboratory_figure(found:pd.DataFrame)->Figure:
     "A panel for each bench, means over seeds with their s.d."
     panels = dict(guide=('gamma', 'guide', 'guidance scale γ', 'who guides, and when'), HyperCLIP=('eta', 'gamma', 'weight η of HyperCLIP', "a classifier's guidance"),
@@ -92,7 +92,7 @@ def laboratory_figure(found:pd.DataFrame)->Figure:
     sns.despine(fig); fig.tight_layout()
     return fig
 
-# %% ../nbs/21_laboratory.ipynb #3dc5868b
+# %% ../nbs/21_laboratory.ipynb #362ac11e
 TEAMS = {'strong': ('cond-multitask-strong',), 'plain': ('hvae-hyperldm',), 'tuned': ('hvae-hyperldm-tuned',), 'strong and tuned': ('cond-multitask-strong', 'hvae-hyperldm-tuned')}
 
 def ensemble(lab:Lab, seeds=(0,), part:str='test')->pd.DataFrame: # a row for each team and task
