@@ -7,7 +7,7 @@ __all__ = ['TOLD', 'descriptions', 'write', 'text_audit', 'text_figure', 'neares
            'memory_audit', 'memory_figure', 'confidences', 'calibration_audit', 'calibration_error',
            'calibration_figure']
 
-# %% ../nbs/20_audits.ipynb #b4e6df89
+# %% ../nbs/20_audits.ipynb #c5c0fca9
 import numpy as np, pandas as pd, seaborn as sns, torch, torch.nn.functional as F
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -19,7 +19,7 @@ from .adapter import Adapter
 from .adapt import adapt_all, evaluate
 from .experiments import METHODS, Lab, Models, bootstrap, generator, write_weights
 
-# %% ../nbs/20_audits.ipynb #fe588fe6
+# %% ../nbs/20_audits.ipynb #3106b767
 def descriptions(tasks:list, rng:np.random.Generator)->dict: # kind -> list of strings
     "Five descriptions of each task: its own question, another wording, another task's question, words at random, none"
     words, other = sorted(vocabulary()), []
@@ -28,7 +28,7 @@ def descriptions(tasks:list, rng:np.random.Generator)->dict: # kind -> list of s
     return dict(true=[t.question for t in tasks], paraphrased=[_other_wording(t.question, rng) for t in tasks], shuffled=other,
                 random=[' '.join(rng.choice(words, len(t.question.split()))) for t in tasks], empty=[''] * len(tasks))
 
-# %% ../nbs/20_audits.ipynb #451999da
+# %% ../nbs/20_audits.ipynb #61bc28ae
 def _other_wording(question, rng):
     "A paraphrase by the world's grammar; the question itself where it is not of this world"
     concept = read(question)
@@ -36,7 +36,7 @@ def _other_wording(question, rng):
     wordings = [spell(concept, k)[0] for k in range(len(ASKS[concept.ask][0]))]
     return rng.choice([w for w in wordings if w != question])
 
-# %% ../nbs/20_audits.ipynb #d7135d39
+# %% ../nbs/20_audits.ipynb #bd8966c2
 TOLD = 'cond-multitask', 'cond-multitask-strong', 'hnet-hyperldm', 'hvae-hyperldm', 'hvae-hyperldm-tuned'
 
 def write(m:Models, slug:str, e:Tensor)->Tensor: # (T,D) -> (T,P)
@@ -62,7 +62,7 @@ def text_audit(lab:Lab, seeds=(0,), methods=TOLD, part:str='test')->pd.DataFrame
     return pd.DataFrame([dict(method=slug, description=kind, accuracy=a.mean(), **interval(a), difference=difference(slug, kind).mean(),
                               **{f'difference_{k}': v for k, v in interval(difference(slug, kind)).items()}) for (slug, kind), a in sorted(mean.items(), key=lambda i: methods.index(i[0][0]))])
 
-# %% ../nbs/20_audits.ipynb #8d6e762a
+# %% ../nbs/20_audits.ipynb #920b2ca0
 def text_figure(audit:pd.DataFrame)->Figure:
     "What each kind of description costs against the true one, a panel for each method, with intervals over concepts"
     methods = list(dict.fromkeys(audit.method)); fig, axs = plt.subplots(1, len(methods), figsize=(3*len(methods) + 1, 2.7), sharex=True, sharey=True, squeeze=False)
@@ -74,7 +74,7 @@ def text_figure(audit:pd.DataFrame)->Figure:
     axs[0, 0].invert_yaxis(); sns.despine(fig); fig.tight_layout()
     return fig
 
-# %% ../nbs/20_audits.ipynb #f687d59f
+# %% ../nbs/20_audits.ipynb #c41014cb
 def nearest(W:Tensor, training:Tensor)->tuple: # (T,P), (M,P) -> (T,) distances, (T,) which
     "Distance of each network to the nearest training network"
     return torch.cdist(W, training, compute_mode='donot_use_mm_for_euclid_dist').min(1)
@@ -89,7 +89,7 @@ def overlap(a:list, b:list)->np.ndarray: # (T,) from 0 to 1
     "Of the images that one of two networks gets wrong, the share that both do; NaN where neither makes a mistake"
     return np.array([(x & y).sum()/(x | y).sum() if (x | y).any() else np.nan for x, y in zip(a, b)])
 
-# %% ../nbs/20_audits.ipynb #2b3239ec
+# %% ../nbs/20_audits.ipynb #a939afe7
 @torch.no_grad()
 def candidates(m:Models)->dict: # name -> (T,P)
     "Networks for the test tasks from stores, from generators, and from the tasks' own images"
@@ -119,18 +119,18 @@ def memory_audit(lab:Lab, seeds=(0,))->pd.DataFrame: # a row for each candidate,
             out.append(pd.DataFrame(dict(candidate=name, seed=seed, task=range(len(test)), distance=(distance/typical).cpu().numpy(), overlap=same, accuracy=evaluate(lab.adapter, W, test))))
     return pd.concat(out, ignore_index=True)
 
-# %% ../nbs/20_audits.ipynb #f1a1a513
+# %% ../nbs/20_audits.ipynb #04d4315f
 def memory_figure(audit:pd.DataFrame)->Figure:
     "Distance to the nearest training network, and overlap of mistakes with it, for each candidate"
     fig, axs = plt.subplots(1, 2, figsize=(9, 2.9), sharey=True); names = list(dict.fromkeys(audit.candidate))
     colors = ['C1' if n.startswith('HVAE + HyperLDM') else '.75' for n in names]
     sns.boxplot(audit, y='candidate', x='distance', hue='candidate', palette=colors, legend=False, fliersize=1, linewidth=.8, ax=axs[0])
     sns.barplot(audit, y='candidate', x='overlap', hue='candidate', palette=colors, legend=False, errorbar=('ci', 95), seed=0, err_kws=dict(lw=1), ax=axs[1])
-    axs[0].set_xscale('symlog', linthresh=1); axs[0].set(xlabel='distance to the nearest training network\n(1: typical for different tasks)', ylabel=''); axs[1].set(xlabel='overlap of mistakes with it', xlim=(0, 1))
+    axs[0].set_xscale('symlog', linthresh=1); axs[0].set(xlabel='distance to the nearest training network\n(1: typical for different tasks)', ylabel='', xlim=(0, None)); axs[1].set(xlabel='overlap of mistakes with it', xlim=(0, 1))
     sns.despine(fig); fig.tight_layout()
     return fig
 
-# %% ../nbs/20_audits.ipynb #2389f418
+# %% ../nbs/20_audits.ipynb #33f8df4f
 @torch.no_grad()
 def confidences(adapter:Adapter, W:Tensor, data:TaskData)->tuple: # (T,P) -> two of (images,)
     "The probability of each answer that is given on query images, and whether it is right"
@@ -157,7 +157,7 @@ def calibration_error(audit:pd.DataFrame)->pd.DataFrame:
     mean = lambda g: pd.Series({k: 100*np.average(g[k], weights=g.images) for k in ('right', 'probability', 'gap')})
     return a.groupby(['method', 'seed'], sort=False)[['images', 'right', 'probability', 'gap']].apply(mean).groupby('method', sort=False).mean().rename(columns=dict(gap='error')).reset_index()
 
-# %% ../nbs/20_audits.ipynb #01d9385e
+# %% ../nbs/20_audits.ipynb #3ceb4ee8
 def calibration_figure(audit:pd.DataFrame)->Figure:
     "Share of right answers over the probability they were given with, a panel for each method"
     methods = list(dict.fromkeys(audit.method)); error = calibration_error(audit).set_index('method').error
