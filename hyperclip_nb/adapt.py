@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['task_losses', 'adapt', 'adapt_all', 'accuracies', 'evaluate']
 
-# %% ../nbs/05_adapt.ipynb #c8cc0b4b
+# %% ../nbs/05_adapt.ipynb #183f03d8
 import numpy as np, torch
 from torch import Tensor
 from .adapter import Adapter
 from .tasks import TaskBatch, TaskData, buckets
 
-# %% ../nbs/05_adapt.ipynb #f6d90b4f
+# %% ../nbs/05_adapt.ipynb #52684a02
 def task_losses(adapter:Adapter, W:Tensor, # (P,) or (T,P)
                 batch:TaskBatch)->Tensor:  # (T,)
     "Mean cross-entropy of each task over its real images"
     nll = -adapter.logits(W, batch).log_softmax(-1).gather(-1, batch.labels[..., None]).squeeze(-1)
     return (nll*batch.mask).sum(1)/batch.mask.sum(1)
 
-# %% ../nbs/05_adapt.ipynb #cd8d43d0
+# %% ../nbs/05_adapt.ipynb #7c0f8574
+@torch.enable_grad()
 def adapt(adapter:Adapter, v:Tensor, # (V,) or (T,V): where to start
           batch:TaskBatch, steps:int=50, lr:float=.3,
           decode=lambda W: W)->Tensor: # from v (T,V) to weights (T,P), where it is not W that is adapted -> (T,V)
@@ -29,7 +30,7 @@ def adapt(adapter:Adapter, v:Tensor, # (V,) or (T,V): where to start
         v = v - lr*torch.autograd.grad(task_losses(adapter, decode(v), batch).sum(), v)[0]
     return v.detach()
 
-# %% ../nbs/05_adapt.ipynb #55c68eb3
+# %% ../nbs/05_adapt.ipynb #00ac12ff
 def adapt_all(adapter:Adapter, v:Tensor, # (V,) or (T,V)
               data:TaskData, mask:Tensor, # (T, longest) the pairs to learn from
               steps:int=50, lr:float=.3, decode=lambda W: W)->Tensor: # (T,V)
@@ -38,14 +39,14 @@ def adapt_all(adapter:Adapter, v:Tensor, # (V,) or (T,V)
     for rows in buckets(mask.sum(1).numpy()): out[rows] = adapt(adapter, v[rows], data.batch(rows, mask=mask), steps, lr, decode)
     return out
 
-# %% ../nbs/05_adapt.ipynb #d0a791c0
+# %% ../nbs/05_adapt.ipynb #256cde10
 def accuracies(logits:Tensor, labels:Tensor, mask:Tensor)->Tensor: # (T,)
     "Accuracy of each task, from 0 to 1; k answers that tie for the best share the point"
     best = logits == logits.amax(-1, keepdim=True)
     right = best.gather(-1, labels[..., None]).squeeze(-1)/best.sum(-1)
     return (right*mask).sum(1)/mask.sum(1)
 
-# %% ../nbs/05_adapt.ipynb #5aa73309
+# %% ../nbs/05_adapt.ipynb #34a6e10c
 @torch.no_grad()
 def evaluate(adapter:Adapter, W:Tensor, # (P,), (T,P) or (T,K,P); of K networks, the mean of their probabilities answers
              data:TaskData, part:str='query')->np.ndarray: # (T,) percent

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TOLD', 'descriptions', 'write', 'text_audit', 'text_figure', 'nearest', 'mistakes', 'overlap', 'candidates',
-           'memory_audit', 'memory_figure', 'confidences', 'calibration_audit', 'calibration_error',
+           'memory_audit', 'memory_figure', 'confidences', 'binned', 'calibration_audit', 'calibration_error',
            'calibration_figure']
 
-# %% ../nbs/20_audits.ipynb #c5c0fca9
+# %% ../nbs/20_audits.ipynb #0a564255
+from types import SimpleNamespace
 import numpy as np, pandas as pd, seaborn as sns, torch, torch.nn.functional as F
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -16,10 +17,10 @@ from .tasks import TaskData, buckets
 from .world import ASKS, read, spell
 from .clip import vocabulary
 from .adapter import Adapter
-from .adapt import adapt_all, evaluate
-from .experiments import METHODS, Lab, Models, bootstrap, generator, write_weights
+from .adapt import evaluate
+from .experiments import METHODS, Lab, Models, bootstrap, generator
 
-# %% ../nbs/20_audits.ipynb #3106b767
+# %% ../nbs/20_audits.ipynb #ff7b1c88
 def descriptions(tasks:list, rng:np.random.Generator)->dict: # kind -> list of strings
     "Five descriptions of each task: its own question, another wording, another task's question, words at random, none"
     words, other = sorted(vocabulary()), []
@@ -28,7 +29,7 @@ def descriptions(tasks:list, rng:np.random.Generator)->dict: # kind -> list of s
     return dict(true=[t.question for t in tasks], paraphrased=[_other_wording(t.question, rng) for t in tasks], shuffled=other,
                 random=[' '.join(rng.choice(words, len(t.question.split()))) for t in tasks], empty=[''] * len(tasks))
 
-# %% ../nbs/20_audits.ipynb #61bc28ae
+# %% ../nbs/20_audits.ipynb #8fab8c2f
 def _other_wording(question, rng):
     "A paraphrase by the world's grammar; the question itself where it is not of this world"
     concept = read(question)
@@ -36,33 +37,29 @@ def _other_wording(question, rng):
     wordings = [spell(concept, k)[0] for k in range(len(ASKS[concept.ask][0]))]
     return rng.choice([w for w in wordings if w != question])
 
-# %% ../nbs/20_audits.ipynb #bd8966c2
+# %% ../nbs/20_audits.ipynb #b46e3784
 TOLD = 'cond-multitask', 'cond-multitask-strong', 'hnet-hyperldm', 'hvae-hyperldm', 'hvae-hyperldm-tuned'
 
-def write(m:Models, slug:str, e:Tensor)->Tensor: # (T,D) -> (T,P)
-    "The networks that a method of `TOLD` writes for task embeddings as CLIP gives them (HyperLDM: γ = 1.5; tuned: γ = 2, the mean of 8)"
-    if slug == 'cond-multitask': return m.cond_multitask(e)
-    if slug == 'cond-multitask-strong': return m.cond_strong[0](m.read(e))
-    if slug == 'hvae-hyperldm-tuned': return m.tuned.sample(m.read(e), 2., generator(m.seed, 'sampling'), 8)
-    return write_weights(m, e, 1.5, space=slug.split('-')[0])
+def write(lab:Lab, seed:int, slug:str, e:Tensor)->Tensor: # (T,D) -> (T,P)
+    "The networks that a method of one vector a task writes for task embeddings as CLIP gives them, at its own guidance scale"
+    m = Models(lab, seed, white=METHODS[slug].white)
+    v, decode = METHODS[slug].start(m, SimpleNamespace(e=m.read(e)))
+    with torch.no_grad(): return decode(v)
 
 def text_audit(lab:Lab, seeds=(0,), methods=TOLD, part:str='test')->pd.DataFrame:
     "Accuracy of each method with each kind of description, and its difference to the true one, with 95 % intervals"
     test, found = lab.data[part], {}
-    number = pd.factorize(pd.Series([t.concept for t in test.tasks]))[0]
-    for seed in seeds:
-        lab.kept.clear()
+    for seed in lab.each(seeds):
         for kind, texts in descriptions(test.tasks, np.random.default_rng(seed)).items():
             e = lab.clip.encode_text(texts).to(lab.device)
-            for slug in methods:
-                with torch.no_grad(): found.setdefault((slug, kind), []).append(evaluate(lab.adapter, write(Models(lab, seed, white=METHODS[slug].white), slug, e), test))
+            for slug in methods: found.setdefault((slug, kind), []).append(evaluate(lab.adapter, write(lab, seed, slug, e), test))
     mean = {k: np.mean(v, 0) for k, v in found.items()}
-    interval = lambda x: dict(zip(('low', 'high'), bootstrap(x, number)))
+    interval = lambda x: dict(zip(('low', 'high'), bootstrap(x, test.concept)))
     difference = lambda slug, kind: mean[slug, kind] - mean[slug, 'true']
     return pd.DataFrame([dict(method=slug, description=kind, accuracy=a.mean(), **interval(a), difference=difference(slug, kind).mean(),
                               **{f'difference_{k}': v for k, v in interval(difference(slug, kind)).items()}) for (slug, kind), a in sorted(mean.items(), key=lambda i: methods.index(i[0][0]))])
 
-# %% ../nbs/20_audits.ipynb #920b2ca0
+# %% ../nbs/20_audits.ipynb #c6029528
 def text_figure(audit:pd.DataFrame)->Figure:
     "What each kind of description costs against the true one, a panel for each method, with intervals over concepts"
     methods = list(dict.fromkeys(audit.method)); fig, axs = plt.subplots(1, len(methods), figsize=(3*len(methods) + 1, 2.7), sharex=True, sharey=True, squeeze=False)
@@ -74,22 +71,21 @@ def text_figure(audit:pd.DataFrame)->Figure:
     axs[0, 0].invert_yaxis(); sns.despine(fig); fig.tight_layout()
     return fig
 
-# %% ../nbs/20_audits.ipynb #c41014cb
+# %% ../nbs/20_audits.ipynb #cad3ae88
 def nearest(W:Tensor, training:Tensor)->tuple: # (T,P), (M,P) -> (T,) distances, (T,) which
     "Distance of each network to the nearest training network"
     return torch.cdist(W, training, compute_mode='donot_use_mm_for_euclid_dist').min(1)
 
-def mistakes(adapter:Adapter, W:Tensor, data:TaskData)->list: # (T,P) -> of bool arrays (images,)
-    "For each task, which of its query images its network gets wrong"
+def mistakes(adapter:Adapter, W:Tensor, data:TaskData)->Tensor: # (T,P) -> (T,longest) bool
+    "For each task, which of its query images its network gets wrong; padding is no mistake"
     b = data.batch(range(len(data)))
-    wrong = adapter.logits(W, b).argmax(-1) != b.labels
-    return [w[k].cpu().numpy() for w, k in zip(wrong, b.mask)]
+    return (adapter.logits(W, b).argmax(-1) != b.labels) & b.mask
 
-def overlap(a:list, b:list)->np.ndarray: # (T,) from 0 to 1
+def overlap(a:Tensor, b:Tensor)->np.ndarray: # two of (T,longest) bool -> (T,) from 0 to 1
     "Of the images that one of two networks gets wrong, the share that both do; NaN where neither makes a mistake"
-    return np.array([(x & y).sum()/(x | y).sum() if (x | y).any() else np.nan for x, y in zip(a, b)])
+    return ((a & b).sum(1)/(a | b).sum(1)).cpu().numpy()
 
-# %% ../nbs/20_audits.ipynb #a939afe7
+# %% ../nbs/20_audits.ipynb #9afa2ab8
 @torch.no_grad()
 def candidates(m:Models)->dict: # name -> (T,P)
     "Networks for the test tasks from stores, from generators, and from the tasks' own images"
@@ -97,19 +93,18 @@ def candidates(m:Models)->dict: # name -> (T,P)
     mu, log_var = m.hvae.encode(m.weights)                                                  # (T,K,Z)
     some = torch.randint(len(train), (len(test),), generator=g)
     closest = (F.normalize(test.e, dim=-1)@F.normalize(train.e, dim=-1).T).argmax(1)
-    with torch.enable_grad(): own = adapt_all(m.lab.adapter, m.multitask, test, test.is_support, **{k: v for k, v in m.lab.preset['weights'].items() if k != 'splits'})
     noise = torch.randn(len(test), mu.shape[2], generator=g).to(mu.device)
     return {k: m.hvae.decode(z) for k, z in {
         'training network': mu[some, -1], 'training + noise': mu[some, 0] + (log_var[some, 0]/2).exp()*noise, 'nearest question': mu[closest, 0],
-        'mean latent': mu.mean((0, 1)).expand(len(test), -1), 'regression': m.regression(test.e), 'HVAE + HyperLDM': m.hyperldm.sample(test.e, 1.5, g),
-        'adapted': m.hvae.encode(own)[0]}.items()} | {'HVAE + HyperLDM, tuned': write(Models(m.lab, m.seed, white=True), 'hvae-hyperldm-tuned', test.e)}
+        'mean latent': mu.mean((0, 1)).expand(len(test), -1), 'regression': m.regression(test.e), 'HVAE + HyperLDM': m.hyperldm.sample(test.e, 1.5, g, **m.preset['sampling']),
+        'adapted': m.hvae.encode(m.own(test))[0]}.items()} | {'HVAE + HyperLDM, tuned': write(m.lab, m.seed, 'hvae-hyperldm-tuned', test.e)}
 
 @torch.no_grad()
 def memory_audit(lab:Lab, seeds=(0,))->pd.DataFrame: # a row for each candidate, seed and test task
     "Distance to the nearest training network, overlap of mistakes with it, and accuracy, of each candidate on each test task"
     test, out = lab.data['test'], []
-    for seed in seeds:
-        lab.kept.clear(); m = Models(lab, seed)
+    for seed in lab.each(seeds):
+        m = Models(lab, seed)
         kept = m.hvae.decode(m.hvae.encode(m.weights)[0][:, :-1])                           # (T,K-1,P): the last of each task is put aside as a candidate
         training = kept.flatten(0, 1)
         typical = torch.pdist(kept[:, 0]).median()
@@ -119,7 +114,7 @@ def memory_audit(lab:Lab, seeds=(0,))->pd.DataFrame: # a row for each candidate,
             out.append(pd.DataFrame(dict(candidate=name, seed=seed, task=range(len(test)), distance=(distance/typical).cpu().numpy(), overlap=same, accuracy=evaluate(lab.adapter, W, test))))
     return pd.concat(out, ignore_index=True)
 
-# %% ../nbs/20_audits.ipynb #04d4315f
+# %% ../nbs/20_audits.ipynb #913c6dcc
 def memory_figure(audit:pd.DataFrame)->Figure:
     "Distance to the nearest training network, and overlap of mistakes with it, for each candidate"
     fig, axs = plt.subplots(1, 2, figsize=(9, 2.9), sharey=True); names = list(dict.fromkeys(audit.candidate))
@@ -130,7 +125,7 @@ def memory_figure(audit:pd.DataFrame)->Figure:
     sns.despine(fig); fig.tight_layout()
     return fig
 
-# %% ../nbs/20_audits.ipynb #33f8df4f
+# %% ../nbs/20_audits.ipynb #b535f789
 @torch.no_grad()
 def confidences(adapter:Adapter, W:Tensor, data:TaskData)->tuple: # (T,P) -> two of (images,)
     "The probability of each answer that is given on query images, and whether it is right"
@@ -140,16 +135,16 @@ def confidences(adapter:Adapter, W:Tensor, data:TaskData)->tuple: # (T,P) -> two
         sure.append(p[b.mask]); right.append((said == b.labels)[b.mask])
     return torch.cat(sure).cpu().numpy(), torch.cat(right).cpu().numpy()
 
-def calibration_audit(lab:Lab, seeds=(0,), methods=TOLD, bins:int=10)->pd.DataFrame: # a row for each method, seed and bin that is not empty
+def binned(sure:np.ndarray, right:np.ndarray, bins:int=10)->pd.DataFrame: # two of (images,) -> a row for each bin that is not empty
+    "Answers by their probability: how many, their mean probability, and the share that is right"
+    table = pd.DataFrame(dict(bin=np.minimum((sure*bins).astype(int), bins - 1), probability=sure, right=right)).groupby('bin')
+    return table.agg(images=('right', 'size'), probability=('probability', 'mean'), right=('right', 'mean')).reset_index()
+
+def calibration_audit(lab:Lab, seeds=(0,), methods=TOLD)->pd.DataFrame: # a row for each method, seed and bin
     "How often answers of each probability are right, on the query images of test tasks"
-    out = []
-    for seed in seeds:
-        lab.kept.clear()
-        for slug in methods:
-            sure, right = confidences(lab.adapter, write(Models(lab, seed, white=METHODS[slug].white), slug, lab.data['test'].e), lab.data['test'])
-            table = pd.DataFrame(dict(bin=np.minimum((sure*bins).astype(int), bins - 1), probability=sure, right=right)).groupby('bin')
-            out.append(table.agg(images=('right', 'size'), probability=('probability', 'mean'), right=('right', 'mean')).reset_index().assign(method=slug, seed=seed))
-    return pd.concat(out, ignore_index=True)[['method', 'seed', 'bin', 'images', 'probability', 'right']]
+    test = lab.data['test']
+    tables = [binned(*confidences(lab.adapter, write(lab, seed, slug, test.e), test)).assign(method=slug, seed=seed) for seed in lab.each(seeds) for slug in methods]
+    return pd.concat(tables, ignore_index=True)[['method', 'seed', 'bin', 'images', 'probability', 'right']]
 
 def calibration_error(audit:pd.DataFrame)->pd.DataFrame:
     "Accuracy over images, mean probability, and expected calibration error of each method, in percent, means over seeds"
@@ -157,13 +152,14 @@ def calibration_error(audit:pd.DataFrame)->pd.DataFrame:
     mean = lambda g: pd.Series({k: 100*np.average(g[k], weights=g.images) for k in ('right', 'probability', 'gap')})
     return a.groupby(['method', 'seed'], sort=False)[['images', 'right', 'probability', 'gap']].apply(mean).groupby('method', sort=False).mean().rename(columns=dict(gap='error')).reset_index()
 
-# %% ../nbs/20_audits.ipynb #3ceb4ee8
+# %% ../nbs/20_audits.ipynb #a33eab36
 def calibration_figure(audit:pd.DataFrame)->Figure:
     "Share of right answers over the probability they were given with, a panel for each method"
     methods = list(dict.fromkeys(audit.method)); error = calibration_error(audit).set_index('method').error
     fig, axs = plt.subplots(1, len(methods), figsize=(2.3*len(methods) + .5, 2.6), sharex=True, sharey=True, squeeze=False)
     for ax, slug in zip(axs[0], methods):
-        a = audit[audit.method == slug].groupby('bin')[['images', 'probability', 'right']].agg(dict(images='sum', probability='mean', right='mean'))
+        a = audit[audit.method == slug].assign(probability=lambda a: a.probability*a.images, right=lambda a: a.right*a.images).groupby('bin')[['images', 'probability', 'right']].sum()
+        a = a.assign(probability=a.probability/a.images, right=a.right/a.images)
         ax.plot([0, 1], [0, 1], ':', c='.5', lw=1); ax.plot(a.probability, a.right, 'o-', ms=4)
         ax.bar(a.probability, a.images/a.images.sum(), width=.07, color='.85', zorder=0)
         ax.set(title=f'{METHODS[slug].name}\nerror {error[slug]:.1f} %', xlabel='probability', xlim=(0, 1), ylim=(0, 1)); ax.title.set_fontsize(8)

@@ -7,7 +7,7 @@ __all__ = ['ASSETS', 'TINY', 'WORDS', 'START', 'END', 'UNKNOWN', 'vocabulary', '
            'normalized', 'load_clip', 'tiny_facts', 'fingerprint', 'training_scenes', 'train_tiny', 'full_description',
            'retrieval', 'wrap_tiny', 'save_tiny', 'encode_tasks', 'load_features', 'encode_world']
 
-# %% ../nbs/03_clip.ipynb #4200af91
+# %% ../nbs/03_clip.ipynb #8d9fdcf6
 import hashlib, json, re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from .tasks import Features, texts_of, write_whole
 from .world import ATTRIBUTES, BACKGROUNDS, COUNTS, World, caption, captions, concepts, prior, render, sample_scenes, spell
 
-# %% ../nbs/03_clip.ipynb #060ad8fe
+# %% ../nbs/03_clip.ipynb #d47729d4
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../hyperclip_nb/assets').resolve()
 TINY = ASSETS/'tiny-clip.safetensors'  # the shipped weights
 WORDS, START, END, UNKNOWN = 24, 1, 127, 2  # length of a sentence; the numbers of three marks (0 is padding)
@@ -40,12 +40,12 @@ def tokenize(texts:list, words:dict)->Tensor: # (n, WORDS) long
         row[:len(ids)] = torch.tensor(ids)
     return out
 
-# %% ../nbs/03_clip.ipynb #5e3ccfd1
+# %% ../nbs/03_clip.ipynb #3ca802a2
 def strange_words(texts:list, words:dict)->list:
     "Words of some sentences that are not among those taught, in the order of the alphabet"
     return sorted({w for t in texts for w in _words(t)} - set(words))
 
-# %% ../nbs/03_clip.ipynb #f4986ffb
+# %% ../nbs/03_clip.ipynb #0b59dfff
 @dataclass
 class Clip:
     "Two frozen encoders, for images and for text"
@@ -57,12 +57,20 @@ class Clip:
     width:int          # D
     device:str = 'cpu'
 
+    def pixels(self, images)->Tensor: # (n,3,H,W)
+        "PIL images, or a (n,H,W,3) uint8 array, as the image encoder wants them"
+        if isinstance(images, np.ndarray) and images.shape[1:3] == (image_size(self.model),)*2: return normalized(self.model, images)
+        return torch.stack([self.transform(i if isinstance(i, Image.Image) else Image.fromarray(i)) for i in images])
+
     @torch.inference_mode()
+    def encode_pixels(self, pixels:Tensor)->Tensor: # (n,3,H,W) -> (n,D), norm √D
+        "Encode what `pixels` made; on a GPU with products in bfloat16"
+        with torch.autocast('cuda', torch.bfloat16, enabled=self.device == 'cuda'):
+            return _scaled(self.model.encode_image(pixels.to(self.device, memory_format=torch.channels_last)))
+
     def encode_image(self, images)->Tensor: # (n,D), norm √D
         "Encode PIL images, or a (n,H,W,3) uint8 array"
-        if isinstance(images, np.ndarray) and images.shape[1:3] == (image_size(self.model),)*2: pixels = normalized(self.model, images)
-        else: pixels = torch.stack([self.transform(i if isinstance(i, Image.Image) else Image.fromarray(i)) for i in images])
-        return _scaled(self.model.encode_image(pixels.to(self.device, memory_format=torch.channels_last)))
+        return self.encode_pixels(self.pixels(images))
 
     @torch.inference_mode()
     def encode_text(self, texts:list)->Tensor: # (n,D), norm √D
@@ -82,7 +90,7 @@ def normalized(model, images)->Tensor: # (n,3,H,W)
     mean, std = (torch.tensor(v) for v in (model.visual.image_mean, model.visual.image_std))
     return ((torch.as_tensor(images)/255 - mean)/std).permute(0, 3, 1, 2)
 
-# %% ../nbs/03_clip.ipynb #38d59e77
+# %% ../nbs/03_clip.ipynb #78cddd1f
 def load_clip(name:str='tiny',  # 'tiny', or 'MODEL:PRETRAINED' with open_clip's names, such as 'ViT-L-14-336:openai'
               device:str='cpu')->Clip:
     "Load a frozen CLIP; ValueError says what is wrong with the name or the file"
@@ -108,7 +116,7 @@ def fingerprint(model)->str:
     for k, v in sorted(model.state_dict().items()): h.update(f'{k}{tuple(v.shape)}{v.double().sum().item():.8e}{v.flatten()[:8].tolist()}'.encode())
     return h.hexdigest()[:12]
 
-# %% ../nbs/03_clip.ipynb #a5723573
+# %% ../nbs/03_clip.ipynb #82d0cd6f
 def training_scenes(n:int, seed:int=0):
     "Scenes for CLIP's training (seed 0) or for its examination (another seed); no world draws from this stream"
     return sample_scenes(n, np.random.default_rng([seed, 3]), prior(10_000 + seed, .3))
@@ -142,7 +150,7 @@ def train_tiny(steps:int=1500, scenes:int=30_000, batch:int=128, lr:float=4e-3, 
         with torch.no_grad(): model.logit_scale.clamp_(0, np.log(100))
     return model.eval()
 
-# %% ../nbs/03_clip.ipynb #02af4328
+# %% ../nbs/03_clip.ipynb #f9c07a0a
 def full_description(scene)->str:
     "Two of the things in a single scene, without their patterns, and the background"
     things = scene.objects[0][scene.objects[0][:, 0] >= 0]
@@ -159,21 +167,21 @@ def retrieval(encode_image, encode_text, n:int=1000, seed:int=1)->dict:
     rank = (score > score.diag()[:, None]).sum(1)
     return {f'recall at {k}': 100*(rank < k).float().mean().item() for k in (1, 5)}
 
-# %% ../nbs/03_clip.ipynb #22d9b914
+# %% ../nbs/03_clip.ipynb #44e49fb5
 def wrap_tiny(model)->Clip:
     "A freshly trained tiny CLIP behind the common face"
     import open_clip
     words, transform = vocabulary(), open_clip.image_transform(image_size(model), is_train=False, resize_mode='squash')
     return Clip(model, transform, lambda texts: tokenize(texts, words), 'tiny', fingerprint(model), model.text_projection.shape[1])
 
-# %% ../nbs/03_clip.ipynb #919f5f32
+# %% ../nbs/03_clip.ipynb #a30da9c2
 def save_tiny(model, path=TINY, **facts):
     "Write weights in half precision with what there is to know about them; `facts` go into the file's metadata"
     metadata = {'words': json.dumps(vocabulary()), **{k: json.dumps(v) for k, v in facts.items()}}
     half = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
     write_whole(path, tensors_to_bytes(half, metadata))
 
-# %% ../nbs/03_clip.ipynb #2544268d
+# %% ../nbs/03_clip.ipynb #a34cf189
 def encode_tasks(clip:Clip, tasks:dict,  # split -> list of `Task`
                  images,                 # iterable of batches of images, in the order of their numbers
                  path=None,              # file that keeps the features

@@ -6,33 +6,29 @@
 __all__ = ['Schedule', 'linear_schedule', 'add_noise', 'posterior', 'v_target', 'split_prediction', 'diffusion_loss',
            'sample_ddpm', 'timesteps', 'sample_ddim']
 
-# %% ../nbs/12_ddpm.ipynb #3ff64eac
+# %% ../nbs/12_ddpm.ipynb #6963c216
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import nn, Tensor
 
-# %% ../nbs/12_ddpm.ipynb #53d8b6aa
-class Schedule:
-    "`beta`, `alpha`, `alpha_bar`, `signal` and `noise` of T steps, each (T,); index `t` is the paper's step t+1"
+# %% ../nbs/12_ddpm.ipynb #109a4ba3
+class Schedule(nn.Module):
+    "`beta`, `alpha`, `alpha_bar`, `signal` and `noise` of T steps, each (T,), as buffers that move with their model and are not saved; index `t` is the paper's step t+1"
     def __init__(self,
         beta, # variance that each step adds (T,), strictly between 0 and 1
         dtype=torch.float32, # type of the stored tensors; they are computed in float64
     ):
+        super().__init__()
         beta = torch.as_tensor(beta, dtype=torch.float64)
         if beta.ndim!=1 or not len(beta) or not ((0<beta)&(beta<1)).all():
             raise ValueError(f'beta must be a non-empty list of numbers between 0 and 1, both excluded; got {beta.tolist()}')
         alpha_bar = (1-beta).cumprod(0)
-        self.beta,self.alpha,self.alpha_bar = beta.to(dtype),(1-beta).to(dtype),alpha_bar.to(dtype)
-        self.signal,self.noise = alpha_bar.sqrt().to(dtype),(1-alpha_bar).sqrt().to(dtype)
+        for name,value in dict(beta=beta, alpha=1-beta, alpha_bar=alpha_bar, signal=alpha_bar.sqrt(), noise=(1-alpha_bar).sqrt()).items():
+            self.register_buffer(name, value.to(dtype), persistent=False)
 
     def __len__(self): return len(self.beta)
 
-    def to(self, device):
-        "The same schedule, moved to `device` in place"
-        for k,v in vars(self).items(): setattr(self, k, v.to(device))
-        return self
-
-# %% ../nbs/12_ddpm.ipynb #572981eb
+# %% ../nbs/12_ddpm.ipynb #c8f28f15
 def linear_schedule(
     steps:int=350, # number of steps T
     beta_start:float=1e-4, # variance of the first step's noise
@@ -42,7 +38,7 @@ def linear_schedule(
     "The paper's schedule (A.7.3): `beta` grows in a straight line"
     return Schedule(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64), dtype)
 
-# %% ../nbs/12_ddpm.ipynb #68f57824
+# %% ../nbs/12_ddpm.ipynb #b418ebce
 def _at(values, t, x):
     "The entries `values[t]` (B,), shaped to broadcast over `x` (B,...)"
     return values[t].view(-1, *[1]*(x.ndim-1))
@@ -56,7 +52,7 @@ def add_noise(
     "Jump from clean data to step `t`: a draw from `q(x^t|x^0)`, the closed form below Eq. 6"
     return _at(schedule.signal, t, x0)*x0 + _at(schedule.noise, t, x0)*eps
 
-# %% ../nbs/12_ddpm.ipynb #3d1ceeab
+# %% ../nbs/12_ddpm.ipynb #c44e5f8f
 def posterior(
     x0:Tensor, # clean data (B,...)
     xt:Tensor, # noisy data at step t, shaped like x0
@@ -71,7 +67,7 @@ def posterior(
     mean = (alpha.sqrt()*noise**2*xt + signal*beta*x0)/total
     return mean, noise**2/total*beta
 
-# %% ../nbs/12_ddpm.ipynb #99133add
+# %% ../nbs/12_ddpm.ipynb #41b753de
 def v_target(
     x0:Tensor, # clean data (B,...)
     eps:Tensor, # the noise, shaped like x0
@@ -94,7 +90,7 @@ def split_prediction(
     if kind=='v': return signal*xt-noise*pred, noise*xt+signal*pred
     raise ValueError(f"kind must be 'eps' or 'v', got {kind!r}")
 
-# %% ../nbs/12_ddpm.ipynb #d9c275fb
+# %% ../nbs/12_ddpm.ipynb #d4288e48
 def _randn(x, generator):
     "Standard normal noise like `x`, drawn where `generator` lives"
     return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
@@ -117,7 +113,7 @@ def diffusion_loss(
         raise ValueError(f'the model must return the shape {tuple(x0.shape)} of its input, got {tuple(pred.shape)}')
     return F.mse_loss(pred, target)
 
-# %% ../nbs/12_ddpm.ipynb #dd006c20
+# %% ../nbs/12_ddpm.ipynb #69ed1b9e
 def _guess(model, x, t, schedule, kind):
     "The model's guesses of x^0 and ε for a whole batch at step `t`, and that step as a tensor (B,)"
     t = torch.full((len(x),), t, device=x.device)
@@ -138,7 +134,7 @@ def sample_ddpm(
         x = mean + var.sqrt()*_randn(x, generator)
     return x
 
-# %% ../nbs/12_ddpm.ipynb #a70df73d
+# %% ../nbs/12_ddpm.ipynb #2d320129
 def timesteps(
     schedule:Schedule, # how much noise each step adds
     steps:int, # how many of its T steps to visit
@@ -148,7 +144,7 @@ def timesteps(
     if not 1<=steps<=T: raise ValueError(f'steps must be from 1 to {T}, the length of the schedule; got {steps}')
     return (T - torch.arange(steps, dtype=torch.float64)*T/steps).round().long()-1
 
-# %% ../nbs/12_ddpm.ipynb #8bd79a04
+# %% ../nbs/12_ddpm.ipynb #ccde7167
 def sample_ddim(
     model, # the network: model(x, t) gives a prediction shaped like x; t is (B,), long
     x:Tensor, # standard normal noise to start from (B,...)

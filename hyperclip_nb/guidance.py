@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['fit_to_question', 'guide']
 
-# %% ../nbs/11_guidance.ipynb #f6297259
+# %% ../nbs/11_guidance.ipynb #f1db1225
 import torch, torch.nn.functional as F
 from torch import Tensor
 from .hyperclip import HyperCLIP
 
-# %% ../nbs/11_guidance.ipynb #117b39dc
+# %% ../nbs/11_guidance.ipynb #14d766e7
 def fit_to_question(net:HyperCLIP, W:Tensor, e:Tensor)->Tensor: # (T,P), (T,D) -> (T,)
     "Cosine of each network with its own question"
     return (net(W)*F.normalize(e, dim=-1)).sum(-1)
 
+@torch.enable_grad()
 def guide(net:HyperCLIP, decode,     # CLIP_H; the generator, from latents (T,Z) to weights (T,P)
           z0:Tensor, e:Tensor,       # (T,Z) where the walk starts; (T,D) task embeddings
           steps:int=10, lr:float=.1, penalty:float=.01)->Tensor: # λ -> (steps+1,T,Z)

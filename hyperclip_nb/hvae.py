@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['random_parts', 'adapted_weights', 'mlp', 'draw', 'kl_divergence', 'HVAE', 'train_hvae']
 
-# %% ../nbs/09_hvae.ipynb #d10d32ea
+# %% ../nbs/09_hvae.ipynb #f8ad6cc4
 import torch
 from torch import nn, Tensor
-from .tasks import TaskData
+from .tasks import TaskData, sample_pairs
 from .adapter import Adapter
 from .adapt import adapt_all, task_losses
 
-# %% ../nbs/09_hvae.ipynb #8dff0637
+# %% ../nbs/09_hvae.ipynb #6ad47e4f
 def random_parts(data:TaskData, generator:torch.Generator,
                  low:float=2/3)->Tensor: # (T, longest) bool
     "For each task a random share, between `low` and 1, of all its labelled images"
@@ -20,7 +20,7 @@ def random_parts(data:TaskData, generator:torch.Generator,
     rank = torch.rand(data.mask.shape, generator=generator).masked_fill(~data.mask, 2.).argsort(1).argsort(1)
     return rank < (share*data.mask.sum(1, keepdim=True)).ceil()
 
-# %% ../nbs/09_hvae.ipynb #c4b4291f
+# %% ../nbs/09_hvae.ipynb #4ca6008b
 def adapted_weights(adapter:Adapter, W0:Tensor, # (P,) where all tasks start
                     data:TaskData,
                     splits:int,                 # K, networks of each task
@@ -32,7 +32,7 @@ def adapted_weights(adapter:Adapter, W0:Tensor, # (P,) where all tasks start
     adapted = lambda: adapt_all(adapter, W0, data, random_parts(data, generator), steps, lr, decode)
     return torch.stack([adapted() for _ in progress(range(splits))], 1)
 
-# %% ../nbs/09_hvae.ipynb #55e531e2
+# %% ../nbs/09_hvae.ipynb #8650cce8
 def mlp(*sizes, generator:torch.Generator=None)->nn.Sequential:
     "Linear layers with ReLU between them, in Kaiming initialisation"
     layers = []
@@ -41,19 +41,19 @@ def mlp(*sizes, generator:torch.Generator=None)->nn.Sequential:
         nn.init.normal_(layers[-2].weight, std=(2/a)**.5, generator=generator); nn.init.zeros_(layers[-2].bias)
     return nn.Sequential(*layers[:-1])
 
-# %% ../nbs/09_hvae.ipynb #67a21839
+# %% ../nbs/09_hvae.ipynb #1938b4ac
 def draw(mu:Tensor, log_var:Tensor, # (...,Z)
          generator:torch.Generator)->Tensor: # (...,Z)
     "A sample of N(μ, σ²) through which gradients flow"
     noise = torch.randn(mu.shape, generator=generator).to(mu.device)
     return mu + (log_var/2).exp()*noise
 
-# %% ../nbs/09_hvae.ipynb #23e612cd
+# %% ../nbs/09_hvae.ipynb #b72c2e9a
 def kl_divergence(mu:Tensor, log_var:Tensor)->Tensor: # (...,Z) -> (...,)
     "How far N(μ, σ²) is from N(0, 1), in nats"
     return .5*(mu**2 + log_var.exp() - 1 - log_var).sum(-1)
 
-# %% ../nbs/09_hvae.ipynb #2771321b
+# %% ../nbs/09_hvae.ipynb #441e65e0
 class HVAE(nn.Module):
     "A variational autoencoder of weights: the encoder d(W,ω), and a hypernetwork h(z,θ) as decoder"
     def __init__(self, n_weights:int,         # P
@@ -80,12 +80,13 @@ class HVAE(nn.Module):
         "Write weights"
         return self.mean + self.scale*self.decoder(z)
 
-# %% ../nbs/09_hvae.ipynb #2ea1ed31
+# %% ../nbs/09_hvae.ipynb #a66e8698
 def train_hvae(adapter:Adapter, weights:Tensor, # (T,K,P) adapted weights
                data:TaskData,                   # the tasks they are adapted to
                steps:int=800, batch:int=64, lr:float=1e-3,
                kl_weight:float=2e-3, ce_weight:float=4., # λ and c
                latent:int=32, hidden:tuple=(256, 256),
+               clip:float=10.,                           # largest norm of a gradient
                generator:torch.Generator=None, progress=lambda steps: steps): # -> HVAE, list of dicts
     "Algorithm 8: reconstruct adapted weights, and let the network that comes out still do the task"
     hvae, history = HVAE(adapter.n_weights, latent, hidden, generator).to(weights.device), []
@@ -99,9 +100,9 @@ def train_hvae(adapter:Adapter, weights:Tensor, # (T,K,P) adapted weights
         out = hvae.decode(draw(mu, log_var, generator))
         error = ((out - W)/hvae.scale).square().mean()
         kl = kl_divergence(mu, log_var).mean()
-        task = task_losses(adapter, out, data.sample(rows, 32, generator)).mean() if ce_weight else torch.zeros(())
+        task = task_losses(adapter, out, sample_pairs(data, rows, 32, generator)).mean() if ce_weight else torch.zeros(())
         opt.zero_grad(); (error + kl_weight*kl + ce_weight*task).backward()
-        torch.nn.utils.clip_grad_norm_(hvae.parameters(), 10.)
+        torch.nn.utils.clip_grad_norm_(hvae.parameters(), clip)
         opt.step(); schedule.step()
         history.append(dict(error=error.item(), kl=kl.item(), task=task.item()))
     return hvae.eval().requires_grad_(False), history

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['fit', 'train_multitask', 'train_cond_multitask', 'FiLM', 'train_cond_film']
 
-# %% ../nbs/07_multitask.ipynb #317a487d
+# %% ../nbs/07_multitask.ipynb #116ad6eb
 import torch
 from torch import nn, Tensor
 from .adapt import evaluate, task_losses
 from .adapter import Adapter
 from .hypernet import HyperNet
-from .tasks import TaskData
+from .tasks import TaskData, sample_pairs
 
-# %% ../nbs/07_multitask.ipynb #7f33e393
+# %% ../nbs/07_multitask.ipynb #03d1950f
 def fit(params,   # tensors to learn
         weights,  # function of task embeddings (T,D) that gives weights (P,) or (T,P)
         adapter:Adapter, data:TaskData, valid:TaskData, epochs:int, lr:float, generator:torch.Generator=None,
@@ -23,19 +23,28 @@ def fit(params,   # tensors to learn
         optimiser=torch.optim.Adam,
         tasks_per_step:int=32, images:int=64,  # images of each task in a step
         progress=lambda epochs: epochs)->list: # a dict of `loss` and `accuracy` for each epoch
-    "Minimise a loss, and leave `params` as they were after the epoch with the best accuracy on validation tasks"
-    params, best, history, module = list(params), -1., [], isinstance(weights, nn.Module)
+    "Minimise a loss, and leave `params` as they were when validation tasks were served best: at the start, or after some epoch"
+    params, history, module = list(params), [], isinstance(weights, nn.Module)
     loss = loss or (lambda batch: task_losses(adapter, weights(batch.e), batch).mean())
     opt, average, step = optimiser(params, lr=lr), [p.detach().clone() for p in params], 0
     rows = torch.arange(len(data)) if rows is None else torch.as_tensor(rows)
     def put(values):
         with torch.no_grad():
             for p, v in zip(params, values): p.copy_(v)
+    def exam():
+        "Accuracy of the running mean on validation tasks"
+        last = [p.detach().clone() for p in params]
+        if module: weights.eval()
+        put(average)
+        with torch.no_grad(): accuracy = float(evaluate(adapter, weights(valid.e), valid).mean())
+        put(last)
+        return accuracy
+    best, kept = exam(), [a.clone() for a in average]
     for _ in progress(range(epochs)):
         total = 0.
         if module: weights.train()
         for some in rows[torch.randperm(len(rows), generator=generator)].split(tasks_per_step):
-            batch = data.sample(some, images, generator)
+            batch = sample_pairs(data, some, images, generator)
             now = loss(batch)
             opt.zero_grad(); now.backward()
             torch.nn.utils.clip_grad_norm_(params, 10.)
@@ -43,17 +52,12 @@ def fit(params,   # tensors to learn
             with torch.no_grad():
                 for a, p in zip(average, params): a.lerp_(p, 1 - min(ema, step/(9 + step)))
             total += now.item()*len(some)
-        if module: weights.eval()
-        last = [p.detach().clone() for p in params]
-        put(average)
-        with torch.no_grad(): accuracy = float(evaluate(adapter, weights(valid.e), valid).mean())
-        put(last)
-        history.append(dict(loss=total/len(rows), accuracy=accuracy))
+        accuracy = exam(); history.append(dict(loss=total/len(rows), accuracy=accuracy))
         if accuracy > best: best, kept = accuracy, [a.clone() for a in average]
     put(kept)
     return history
 
-# %% ../nbs/07_multitask.ipynb #08c4b786
+# %% ../nbs/07_multitask.ipynb #40464e3a
 def train_multitask(adapter:Adapter, data:TaskData, valid:TaskData, epochs:int=15, lr:float=.05,
                     generator:torch.Generator=None, **kw): # `kw` goes to `fit`
     "Algorithm 2, Uncond. Multitask: the one W (P,) that is best for all tasks together, and its history"
@@ -61,7 +65,7 @@ def train_multitask(adapter:Adapter, data:TaskData, valid:TaskData, epochs:int=1
     history = fit([W], lambda e: W, adapter, data, valid, epochs, lr, generator, **kw)
     return W.detach(), history
 
-# %% ../nbs/07_multitask.ipynb #20ede3f6
+# %% ../nbs/07_multitask.ipynb #20f4dd62
 def train_cond_multitask(adapter:Adapter, data:TaskData, valid:TaskData, epochs:int=20, lr:float=1e-3,
                          generator:torch.Generator=None, **kw): # `kw` goes to `fit`; `rows` are the tasks whose descriptor is known
     "Algorithm 5, Cond. Multitask: a hypernetwork from task embeddings to weights, and its history"
@@ -69,7 +73,7 @@ def train_cond_multitask(adapter:Adapter, data:TaskData, valid:TaskData, epochs:
     history = fit(h.parameters(), h, adapter, data, valid, epochs, lr, generator, **kw)
     return h.requires_grad_(False), history
 
-# %% ../nbs/07_multitask.ipynb #21ea3d2d
+# %% ../nbs/07_multitask.ipynb #78d7439b
 class FiLM(nn.Module):
     "One adapter for all tasks whose hidden layer is scaled and shifted by linear functions of the task embedding"
     def __init__(self, adapter:Adapter, generator=None):

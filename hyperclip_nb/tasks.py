@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['Task', 'split_pairs', 'make_task', 'describe', 'described', 'TaskBatch', 'Features', 'texts_of', 'TaskData',
-           'buckets', 'write_whole', 'save_tasks', 'load_tasks']
+           'sample_pairs', 'buckets', 'write_whole']
 
-# %% ../nbs/00_tasks.ipynb #c3f1c86a
-import copy, json, os
+# %% ../nbs/00_tasks.ipynb #93bc88da
+import copy, os
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
-from safetensors.numpy import load_file, save
 from torch import Tensor
 
-# %% ../nbs/00_tasks.ipynb #84668936
+# %% ../nbs/00_tasks.ipynb #b42dde6f
 @dataclass(frozen=True)
 class Task:
     "One question with labelled images"
@@ -30,7 +29,7 @@ class Task:
     @property
     def pairs(self): return np.concatenate([self.support, self.query])
 
-# %% ../nbs/00_tasks.ipynb #bec2a3b4
+# %% ../nbs/00_tasks.ipynb #33358e6b
 def split_pairs(pairs:np.ndarray, # (n, 2): image number, answer number
                 rng:np.random.Generator,
                 share:float=.7):  # the part of each answer's images that becomes support
@@ -43,7 +42,7 @@ def split_pairs(pairs:np.ndarray, # (n, 2): image number, answer number
     is_support = rank < np.round(share*count)[label]
     return pairs[is_support], pairs[~is_support]
 
-# %% ../nbs/00_tasks.ipynb #fb142c95
+# %% ../nbs/00_tasks.ipynb #525a1877
 def make_task(question:str, prompt:str,
               images:np.ndarray,  # (n,) image numbers
               labels:np.ndarray,  # (n,) the right answer of each, a position in `names`
@@ -59,7 +58,7 @@ def make_task(question:str, prompt:str,
     if len(pairs) < smallest or len(kept) < 2: return None
     return Task(question, prompt, tuple(names[i] for i in kept), *split_pairs(pairs, rng), concept)
 
-# %% ../nbs/00_tasks.ipynb #79557ac8
+# %% ../nbs/00_tasks.ipynb #9adad3a4
 def describe(tasks:list)->dict: # of `Task`
     "Counts, mean sizes, and the two baselines that never look at an image, in percent"
     mean = lambda f: float(np.mean([f(t) for t in tasks]))
@@ -70,7 +69,7 @@ def describe(tasks:list)->dict: # of `Task`
                 answers=mean(lambda t: len(t.answers)), chance=mean(lambda t: 100/len(t.answers)),
                 majority=mean(lambda t: 100*np.mean(t.query[:, 1] == usual(t))))
 
-# %% ../nbs/00_tasks.ipynb #e7de3258
+# %% ../nbs/00_tasks.ipynb #6ea8a6b3
 def described(n:int,        # number of training tasks
               share:float,  # share of them whose descriptor may be read, above 0 and at most 1
               seed:int)->np.ndarray: # (n,) bool
@@ -79,7 +78,7 @@ def described(n:int,        # number of training tasks
     rank = np.random.default_rng(seed).permutation(n)
     return rank < max(1, round(share*n))
 
-# %% ../nbs/00_tasks.ipynb #98175533
+# %% ../nbs/00_tasks.ipynb #1e3820c6
 @dataclass
 class TaskBatch:
     "Padded tasks: what every method computes with"
@@ -92,7 +91,7 @@ class TaskBatch:
 
     def __len__(self): return len(self.labels)
 
-# %% ../nbs/00_tasks.ipynb #6d1b2f03
+# %% ../nbs/00_tasks.ipynb #4ad8c2bb
 @dataclass
 class Features:
     "CLIP features of all images and texts of a set of tasks"
@@ -105,12 +104,12 @@ class Features:
         if not hasattr(self, '_row'): self._row = {s: i for i, s in enumerate(self.texts)}
         return torch.tensor([self._row[s] for s in strings])
 
-# %% ../nbs/00_tasks.ipynb #b58ebab1
+# %% ../nbs/00_tasks.ipynb #c8849320
 def texts_of(tasks:list)->list:
     "Every string CLIP must encode for these tasks: questions and filled-in statements, each once"
     return sorted({s for t in tasks for s in (t.question, *t.statements)})
 
-# %% ../nbs/00_tasks.ipynb #e9ca1bc0
+# %% ../nbs/00_tasks.ipynb #186436ed
 def _padded(lengths, *flat):
     "Ragged rows as padded tensors (T, longest), and their mask; `flat` hold the rows end to end"
     lengths = np.asarray(lengths); row = np.repeat(np.arange(len(lengths)), lengths)
@@ -120,7 +119,7 @@ def _padded(lengths, *flat):
     for o, f in zip(out, flat): o[row, col] = torch.as_tensor(np.asarray(f), dtype=torch.long)
     return *out, mask
 
-# %% ../nbs/00_tasks.ipynb #e5ce427d
+# %% ../nbs/00_tasks.ipynb #f2becbb5
 class TaskData:
     "Tasks with their features, ready to be cut into batches"
     def __init__(self, tasks:list, # of `Task`
@@ -133,11 +132,20 @@ class TaskData:
         self.index, self.label, self.mask = _padded(self.size['all'], pairs[:, 0], pairs[:, 1])
         n_support = torch.as_tensor(self.size['support'])[:, None]
         self.is_support = self.mask & (torch.arange(self.mask.shape[1]) < n_support)   # support comes first in a row
+        self.parts = dict(support=self.is_support, query=self.mask & ~self.is_support, all=self.mask)
         statements = features.rows(s for t in tasks for s in t.statements)
         self.answer, self.answer_mask = _padded([len(t.answers) for t in tasks], statements)
         self.e = self.text[features.rows(t.question for t in tasks).to(device)]        # (T,D)
 
     def __len__(self): return len(self.tasks)
+
+    @property
+    def concept(self): # (T,) which concept each task asks about
+        return np.unique([t.concept for t in self.tasks], return_inverse=True)[1]
+
+    def add_part(self, name:str, mask:Tensor): # (T, longest) bool
+        "Give a name to some pairs of each task, for `batch` and for whoever evaluates"
+        self.parts[name], self.size[name] = mask, mask.sum(1).numpy()
 
     def reread(self, e:Tensor): # (T,D)
         "The same tasks with other task embeddings"
@@ -145,12 +153,11 @@ class TaskData:
         return other
 
     def batch(self, rows,         # task numbers
-              part:str='query',   # 'support', 'query' or 'all'
+              part:str='query',   # 'support', 'query', 'all' or a part that was added
               mask:Tensor=None):  # (T, longest) which pairs to use instead of a part
         "A `TaskBatch` of some tasks, no wider than they need"
         rows = torch.as_tensor(rows)
-        if mask is None: mask = {'support': self.is_support, 'query': self.mask & ~self.is_support, 'all': self.mask}[part]
-        mask = mask[rows]
+        mask = (self.parts[part] if mask is None else mask)[rows]
         order = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :int(mask.sum(1).max())]
         pick = lambda table: table[rows].gather(1, order)
         answers = self.answer_mask[rows]; width = int(answers.sum(1).max())
@@ -158,17 +165,17 @@ class TaskData:
         return TaskBatch(self.image[to(pick(self.index))], to(pick(self.label)), to(mask.gather(1, order)),
                          self.text[to(self.answer[rows, :width])], to(answers[:, :width]), self.e[to(rows)])
 
-    def sample(self, rows, n:int,             # images a task; small tasks give all they have
-               generator:torch.Generator, part:str='all'):
-        "A batch of at most `n` random pairs of each task, drawn without replacement"
-        rows = torch.as_tensor(rows)
-        allowed = {'support': self.is_support, 'all': self.mask}[part][rows]
-        lottery = torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, 2.)
-        chosen = lottery.argsort(1)[:, :n]
-        mask = torch.zeros_like(self.mask).index_put((rows[:, None], chosen), allowed.gather(1, chosen))
-        return self.batch(rows, mask=mask)
+# %% ../nbs/00_tasks.ipynb #04a24edf
+def sample_pairs(data:TaskData, rows, n:int,  # task numbers; images a task, small tasks give all they have
+                 generator:torch.Generator)->TaskBatch:
+    "A batch of at most `n` random pairs of each task, support or query, drawn without replacement"
+    rows = torch.as_tensor(rows); allowed = data.mask[rows]
+    lottery = torch.rand(allowed.shape, generator=generator).masked_fill(~allowed, 2.)
+    chosen = lottery.argsort(1)[:, :n]
+    mask = torch.zeros_like(data.mask).index_put((rows[:, None], chosen), allowed.gather(1, chosen))
+    return data.batch(rows, mask=mask)
 
-# %% ../nbs/00_tasks.ipynb #014a45e9
+# %% ../nbs/00_tasks.ipynb #69196bec
 def buckets(sizes,            # examples in each task
             waste:float=.15,  # share of a bucket that may be padding
             most:int=128)->list: # tasks in a bucket at most
@@ -181,7 +188,7 @@ def buckets(sizes,            # examples in each task
             out.append(order[start:end]); start = end
     return out
 
-# %% ../nbs/00_tasks.ipynb #6d68b8a3
+# %% ../nbs/00_tasks.ipynb #1a0f1f01
 def write_whole(path, data:bytes|str):
     "Write a file so that it is never seen half-written: to a temporary name, then rename"
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,25 +197,3 @@ def write_whole(path, data:bytes|str):
         part.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
-
-# %% ../nbs/00_tasks.ipynb #78704c59
-def save_tasks(tasks:dict, # split name -> list of `Task`
-               folder):
-    "Write `tasks.json` and `pairs.safetensors` into a folder"
-    flat = [t for ts in tasks.values() for t in ts]
-    words = {k: [dict(question=t.question, prompt=t.prompt, answers=t.answers, concept=t.concept) for t in ts] for k, ts in tasks.items()}
-    numbers = dict(pairs=np.concatenate([t.pairs for t in flat]).astype(np.int64),
-                   sizes=np.array([[len(t.support), len(t.query)] for t in flat], np.int64))
-    write_whole(Path(folder)/'pairs.safetensors', save(numbers))
-    write_whole(Path(folder)/'tasks.json', json.dumps(words, indent=1))
-
-def load_tasks(folder)->dict: # split name -> list of `Task`
-    "Read what `save_tasks` wrote; ValueError names a file that is missing or does not fit"
-    folder = Path(folder)
-    try: words, numbers = json.loads((folder/'tasks.json').read_text()), load_file(folder/'pairs.safetensors')
-    except Exception as e: raise ValueError(f'{folder} holds no readable tasks ({e}); write them with save_tasks') from None
-    sizes, pairs = numbers['sizes'], numbers['pairs']
-    if len(sizes) != sum(map(len, words.values())) or sizes.sum() != len(pairs):
-        raise ValueError(f'{folder}: tasks.json and pairs.safetensors do not belong together; write them again with save_tasks')
-    parts = iter(np.split(pairs, sizes.flatten().cumsum()[:-1]))
-    return {k: [Task(**{**w, 'answers': tuple(w['answers'])}, support=next(parts), query=next(parts)) for w in ws] for k, ws in words.items()}

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Whitening', 'fit_whitening']
 
-# %% ../nbs/15_whitening.ipynb #2cd0b869
+# %% ../nbs/15_whitening.ipynb #7c56d7f6
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 
-# %% ../nbs/15_whitening.ipynb #dfbca660
+# %% ../nbs/15_whitening.ipynb #67f02eb3
 class Whitening(nn.Module):
     "Task embeddings with their quiet directions turned up, all of one length"
     def __init__(self, width:int, length:float=8.): # D; of what comes out
@@ -27,6 +27,7 @@ def fit_whitening(e:Tensor,          # (n,D) embeddings of the questions that ma
     w = Whitening(e.shape[1]).to(e.device)
     _, s, V = torch.linalg.svd(e - e.mean(0), full_matrices=False)
     s = s/len(e)**.5
+    if not s[0] > 1e-6*e.norm(dim=1).mean(): raise ValueError(f'all {len(e)} questions are the same to CLIP: nothing can be learned from them')
     some = s > 1e-5*s[0]
     w.mean.copy_(e.mean(0)); w.turn.copy_(V[some].T@((1/(s + eps*s[0]))[some, None]*V[some]))
     return w

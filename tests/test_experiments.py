@@ -3,11 +3,10 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from hyperclip_nb import experiments
-from hyperclip_nb.experiments import METHODS, PAPER, Models, PRESETS, bootstrap, few_images, read_results, reproduce, rows_wanted, summary, table1, table4
+from hyperclip_nb.experiments import METHODS, PAPER, Models, PRESETS, altered, bootstrap, few_images, read_results, reproduce, rows_wanted, summary, table1, table4
 
-SMOKE = PRESETS['smoke']
-TINY = SMOKE | {k: SMOKE[k] | dict(epochs=1) for k in ('multitask', 'cond_multitask')} | dict(
-    world=dict(tasks=(30, 10, 12), scenes=(1000, 400, 500)), weights=dict(splits=2, steps=3, lr=.5), hvae=dict(steps=30), hyperldm=dict(steps=30), regression=dict(steps=30), few_shot=dict(steps=2, lr=1.))
+TINY = altered('smoke', multitask=dict(epochs=1), cond_multitask=dict(epochs=1), cond_strong=dict(epochs=1), tuned=dict(epochs=1), world=dict(tasks=(30, 10, 12), scenes=(1000, 400, 500)),
+               weights=dict(steps=3), hvae=dict(steps=30), hyperldm=dict(steps=30), regression=dict(steps=30), few_shot=dict(steps=2))
 GRID = dict(preset='tiny', seeds=(0, 1), shares=(1., .5), methods=('clip', 'multitask', 'cond-multitask', 'hvae-hyperldm', 'hvae-regression'), gammas=(0., 1.5))
 PROGRAM = f'import torch; torch.set_num_threads(1); from hyperclip_nb import experiments as x; x.PRESETS["tiny"] = {TINY!r}; x.reproduce(**{GRID!r}, out="OUT")'
 
