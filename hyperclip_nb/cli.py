@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'console', 'SHIPPED', 'main']
 
-# %% ../nbs/23_cli.ipynb #b3a36947
+# %% ../nbs/23_cli.ipynb #fc275d4e
 import json as json_, os, sys, warnings
 from pathlib import Path
 from typing import Optional
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-# %% ../nbs/23_cli.ipynb #e1cd0f4e
+# %% ../nbs/23_cli.ipynb #17c6255f
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help='Write the weights of a small network from a question in words.')
 console = Console()
@@ -30,7 +30,7 @@ def main():
         print('stopped: the same command goes on where it was', file=sys.stderr)
         sys.exit(130)
 
-# %% ../nbs/23_cli.ipynb #b9010014
+# %% ../nbs/23_cli.ipynb #51930502
 def _device(name:str)->str:
     "The device to compute on: 'auto' takes a GPU where there is one"
     import torch
@@ -43,7 +43,7 @@ def _numbers(text:str)->tuple:
     try: return tuple(float(x) for x in text.split(','))
     except ValueError: raise ValueError(f'give numbers with commas between them, such as 0,1,1.5, not {text!r}') from None
 
-# %% ../nbs/23_cli.ipynb #2a60205e
+# %% ../nbs/23_cli.ipynb #fef4d6f2
 def _tracker(progress):
     "A progress bar for the stage at work; it goes when the stage is done"
     def track(steps, what):
@@ -58,7 +58,7 @@ def _progress():
     from rich.progress import Progress, BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     return Progress(TextColumn('{task.description:16}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
 
-# %% ../nbs/23_cli.ipynb #8baff1ba
+# %% ../nbs/23_cli.ipynb #120ce48b
 def _methods(text:str, preset:str)->tuple:
     "'all', 'quick', 'ahead', 'ablation', or slugs with commas between them"
     from hyperclip_nb.experiments import ABLATION, AHEAD, ALL, QUICK
@@ -80,7 +80,7 @@ def _keep_table(found, table, figure, path, title):
     write_whole(path.with_suffix('.csv'), found.to_csv(index=False, float_format='%.4f')); save_figure(figure, path)
     _print(table, title, f'All of it, and its figure, are in {path}.csv, .png and .svg')
 
-# %% ../nbs/23_cli.ipynb #330bba59
+# %% ../nbs/23_cli.ipynb #18e1698a
 @app.command()
 def reproduce(preset:str=typer.Option('default', help='smoke (two minutes), default (the size of Meta-VQA, on two cores) or paper (sizes and rates of the paper, on a GPU)'),
               seed:int=typer.Option(0, min=0, help='first seed of everything that is trained'),
@@ -98,6 +98,7 @@ def reproduce(preset:str=typer.Option('default', help='smoke (two minutes), defa
     gammas, shares, device = _numbers(gamma), _numbers(descriptors), _device(device)
     from hyperclip_nb import experiments, figures
     out = out or Path('runs')/f'{preset}-{data.resolve().name if data else f"w{world_seed}"}-s{seed}'
+    if preset == 'paper': _show_plan(preset, 768, device)
     with _progress() as progress:
         done = experiments.reproduce(preset, range(seed, seed + seeds), shares, _methods(methods, preset), gammas, world_seed, out, device, clip, again,
                                      _tracker(progress), lambda text: console.print(text, highlight=False), data)
@@ -108,7 +109,7 @@ def reproduce(preset:str=typer.Option('default', help='smoke (two minutes), defa
     if len(few): _print(few, 'Accuracy (%) after 50 steps on labelled images of the task')
     console.print(f'Guidance scale chosen on validation tasks: {done.gamma}. Results, intervals, figures and the trained HyperLDM are in {out}', highlight=False)
 
-# %% ../nbs/23_cli.ipynb #d9453989
+# %% ../nbs/23_cli.ipynb #81ddf471
 audit = typer.Typer(help='Does the text matter? Is it memorised? Can its probabilities be believed? Ask an experiment that reproduce made.', rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(audit, name='audit')
 
@@ -126,7 +127,7 @@ def _heard(text):
     if set(chosen) - set(TOLD): raise ValueError(f'no audit of {", ".join(sorted(set(chosen) - set(TOLD)))}: use some of {", ".join(TOLD)}')
     return chosen
 
-# %% ../nbs/23_cli.ipynb #cc7920fc
+# %% ../nbs/23_cli.ipynb #09345a16
 @audit.command('text')
 def audit_text(out:Path=OUT, seeds:int=SEEDS, methods:str=HEARD, device:str=DEVICE):
     "Accuracy with true, paraphrased, shuffled, random and empty descriptions."
@@ -150,7 +151,7 @@ def audit_calibration(out:Path=OUT, seeds:int=SEEDS, methods:str=HEARD, device:s
     with _progress() as progress: found = audits.calibration_audit(_lab(out, progress, device), range(seeds), _heard(methods))
     _keep_table(found, audits.calibration_error(found), audits.calibration_figure(found), out/'audit-calibration', 'Can its probabilities be believed? Percent, on query images of test tasks')
 
-# %% ../nbs/23_cli.ipynb #c26290a6
+# %% ../nbs/23_cli.ipynb #3b60633a
 @app.command()
 def laboratory(out:Path=OUT, seeds:int=SEEDS, device:str=DEVICE):
     "Every way to guide the tuned HyperLDM, every sampler and number of samples, on validation tasks."
@@ -167,7 +168,7 @@ def ensemble(out:Path=OUT, seeds:int=typer.Option(3, min=1, help='how many seeds
     write_whole(out/'ensemble.csv', found.to_csv(index=False, float_format='%.4f'))
     _print(found.groupby('team', sort=False)[['networks', 'accuracy']].mean().reset_index(), f'Accuracy (%) on test tasks, {seeds} seeds', f'The accuracy of every task is in {out}/ensemble.csv')
 
-# %% ../nbs/23_cli.ipynb #bbd0c761
+# %% ../nbs/23_cli.ipynb #eb31eb6f
 def _question(question:str, answers:Optional[str]): # -> Concept or None, statement prompt, list of answers
     "Turn a question into a statement with a gap, and find what may fill it"
     from hyperclip_nb import world
@@ -202,7 +203,7 @@ def _example(concept, seed:int, path:Path):
     data = io.BytesIO(); picture.save(data, 'PNG'); write_whole(path, data.getvalue())
     return picture, concept and world.answers(concept.ask)[right[sensible[0]]]
 
-# %% ../nbs/23_cli.ipynb #05f5b505
+# %% ../nbs/23_cli.ipynb #3ef1d427
 SHIPPED = Path(__file__).parent/'assets'/'hyperldm.safetensors' if '__file__' in globals() else Path('../hyperclip_nb/assets/hyperldm.safetensors').resolve()
 
 def _writer(model:Path): # -> Adapter, function of e, gamma and generator that gives weights, its own guidance scale, Clip
@@ -222,7 +223,7 @@ def _answers(adapter, W, clip, picture, prompt:str, names:list)->list: # of (pro
     batch = TaskBatch(x[None], torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), a[None], torch.ones(1, len(a), dtype=torch.bool), None)
     return sorted(zip(adapter.logits(W, batch)[0, 0].softmax(0).tolist(), names), reverse=True)
 
-# %% ../nbs/23_cli.ipynb #e3a7c159
+# %% ../nbs/23_cli.ipynb #328a3569
 @app.command()
 def ask(question:str=typer.Argument(help='such as "What color is the large star?"'),
         image:Optional[Path]=typer.Argument(None, help='an image file'),
@@ -253,7 +254,7 @@ def ask(question:str=typer.Argument(help='such as "What color is the large star?
     if json: print(json_.dumps(said))
     else: _say(said)
 
-# %% ../nbs/23_cli.ipynb #7ebe03fb
+# %% ../nbs/23_cli.ipynb #355850ee
 def _say(said:dict):
     "Print ranked answers, the ten likeliest"
     table = Table('answer', 'probability', '', title=said['question'])
@@ -263,7 +264,7 @@ def _say(said:dict):
     if 'right' in said: console.print(f'The right answer is {said["right"]}; the scene is in {said["image"]}', highlight=False)
     if 'weights' in said: console.print(f'The network is in {said["weights"]}', highlight=False)
 
-# %% ../nbs/23_cli.ipynb #e408016e
+# %% ../nbs/23_cli.ipynb #4f9f3bac
 data = typer.Typer(help='Data sets of questions about photographs: download, tasks, statistics, features.', rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(data, name='data')
 
@@ -294,14 +295,14 @@ def build(vqa:Path=typer.Option(..., help="folder of VQA v2's questions and anno
     metavqa.save_metavqa(made, to)
     console.print(f'{len(made.tasks["train"])} training and {len(made.tasks["test"])} test tasks about {len(made.images)} images are in {to}', highlight=False)
 
-# %% ../nbs/23_cli.ipynb #fa7f10f4
+# %% ../nbs/23_cli.ipynb #976f04f5
 @data.command()
 def stats(folder:Path=typer.Argument(help='folder of tasks'), json:bool=typer.Option(False, '--json', help='print JSON')):
     "Sizes, guessing baselines, and how much of the test was seen in training."
     from hyperclip_nb import metavqa
     table = metavqa.stats(metavqa.load_metavqa(folder))
     if json: print(json_.dumps({part: {k: v for k, v in column.items() if v == v} for part, column in table.to_dict().items()}))
-    else: _print(table.rename_axis('').reset_index(), f'Tasks in {folder}', 'support, query, answers: means over tasks. chance, majority (the most frequent support answer), seen: percent')
+    else: _print(table.map(lambda x: '' if x != x else f'{x:,.0f}' if x == round(x) else f'{x:.2f}').rename_axis('').reset_index(), f'Tasks in {folder}', 'support, query, answers: means over tasks. chance, majority (the most frequent support answer), seen: percent')
 
 @data.command()
 def features(folder:Path=typer.Argument(help='folder of tasks; features go into it'),
@@ -312,17 +313,53 @@ def features(folder:Path=typer.Argument(help='folder of tasks; features go into 
              device:str=typer.Option('auto', help='auto, cpu or cuda')):
     "Encode all images, questions and answers of some tasks, once. It can be stopped at any moment, and goes on where it was."
     from hyperclip_nb.clip import load_clip
-    from hyperclip_nb.features import encode_files, without_images
+    from hyperclip_nb.features import encode_files, numbers_of, without_images
     from hyperclip_nb.metavqa import load_metavqa
     from hyperclip_nb.tasks import texts_of
     found = load_metavqa(folder); tasks = [t for ts in found.tasks.values() for t in ts]
     clip = load_clip(f'{model}:{pretrained}' if pretrained else model, _device(device))
     with _progress() as progress: lost = encode_files(clip, images, found.images, texts_of(tasks), folder/'features', batch, workers, progress=lambda shards: _tracker(progress)(shards, 'shards of images'))
     for name in lost: print('unreadable:', name, file=sys.stderr)
-    if lost: without_images(tasks, {found.images.index(name) for name in lost})   # for its warnings
+    if lost: without_images(tasks, numbers_of(found.images, lost))   # for its warnings
     console.print(f'{len(found.images) - len(lost)} images are encoded, {len(lost)} cannot be read; features are in {folder/"features"}', highlight=False)
 
-# %% ../nbs/23_cli.ipynb #273f9370
+# %% ../nbs/23_cli.ipynb #3317893e
+PRESET, WIDTH = typer.Option('default', help='smoke, default or paper'), typer.Option(0, min=0, help='width of CLIP [default: 768 for paper, 96 otherwise]', show_default=False)
+
+def _width(width, preset): return width or (768 if preset == 'paper' else 96)
+
+def _preset(preset):
+    from hyperclip_nb.experiments import PRESETS
+    if preset not in PRESETS: raise ValueError(f'unknown preset {preset!r}: use one of {", ".join(PRESETS)}')
+    return preset
+
+def _show_plan(preset, width, device, json=False):
+    "Print what each stage needs, beside what there is"
+    from hyperclip_nb import bench as costs
+    machine = costs.rates(device)
+    table = costs.plan(preset, width, machine)
+    if json: print(json_.dumps(dict(preset=preset, device=device, machine=machine, stages=table.to_dict('index')))); return
+    _print(table.rename_axis('stage').reset_index(), f'{preset} on {device}: {machine["flops"]/1e9:,.0f} GFLOP/s, {machine["bytes"]/1e9:,.0f} GB/s, {machine["memory"]/2**30:.1f} GiB free')
+    large = table.index[table['memory (GiB)'] > machine['memory']/2**30].tolist()
+    if large: console.print(f'Does not fit into the memory of {device}: {", ".join(large)}', highlight=False)
+    else: console.print(f'All of it fits. Not less than {table["minutes at best"].sum():,.0f} minutes a seed, with every product at full speed; small ones run at a fraction of it', highlight=False)
+
+@app.command()
+def plan(preset:str=PRESET, width:int=WIDTH, device:str=DEVICE, json:bool=typer.Option(False, '--json', help='print JSON')):
+    "What each stage of a preset needs, and whether this machine has it. (reproduce --preset paper shows it before it starts.)"
+    _show_plan(_preset(preset), _width(width, preset), _device(device), json)
+
+@app.command()
+def bench(preset:str=PRESET, width:int=WIDTH, stages:str=typer.Option('', help='some of adaptation, evaluation, maml, hvae, hyperldm, sampling, with commas [default: all]', show_default=False),
+          repeats:int=typer.Option(5, min=1, help='measurements of each, of which the median counts'), device:str=DEVICE, json:bool=typer.Option(False, '--json', help='print JSON')):
+    "Measure each stage against a plain version of it, the two taking turns, and against the machine."
+    from hyperclip_nb import bench as costs
+    import pandas as pd
+    with _progress() as progress: found = costs.bench(_preset(preset), _width(width, preset), [s.strip() for s in stages.split(',')] if stages else None, repeats, _device(device), _tracker(progress))
+    if json: print(json_.dumps(found, indent=1))
+    else: _print(pd.DataFrame(found['stages']), f'{preset} on {found["device"]}, {found["threads"]} thread(s)', 'ours, plain: units a second; reached: percent of the rate of large products')
+
+# %% ../nbs/23_cli.ipynb #6b83148c
 @app.command()
 def train_clip(out:Path=typer.Option(..., help='file for the weights'), steps:int=typer.Option(1500, min=100), scenes:int=typer.Option(30_000, min=200), seed:int=typer.Option(0, min=0)):
     "Train the tiny CLIP on captions of scenes."

@@ -100,7 +100,8 @@ def load_clip(name:str='tiny',  # 'tiny', or 'MODEL:PRETRAINED' with open_clip's
     if name == 'tiny': model, tag = 'tiny-clip', TINY
     if model not in open_clip.list_models(): raise ValueError(f'unknown CLIP {name!r}: use tiny, or MODEL:PRETRAINED with names from open_clip.list_pretrained()')
     if not tag: raise ValueError(f'{name!r} names no weights: write {name}:PRETRAINED, with a tag from open_clip.list_pretrained_tags_by_model({name!r})')
-    try: net, _, transform = open_clip.create_model_and_transforms(model, pretrained=str(tag), image_resize_mode='squash', device=device)
+    quick = bool((open_clip.get_pretrained_cfg(model, str(tag)) or {}).get('quick_gelu'))    # some weights, those of OpenAI among them, belong to another activation than the model's own
+    try: net, _, transform = open_clip.create_model_and_transforms(model, pretrained=str(tag), force_quick_gelu=quick, image_resize_mode='squash', device=device)
     except Exception as e: raise ValueError(f'the weights {tag} of {model} could not be loaded: {e}') from None
     tokens = open_clip.get_tokenizer(model)
     if name == 'tiny': words = json.loads(tiny_facts()['words']); tokens = lambda texts: tokenize(texts, words)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECAY', 'seeded', 'StrongNet', 'train_cond_strong', 'Ridge', 'fit_ridge']
 
-# %% ../nbs/16_company.ipynb #50e527aa
+# %% ../nbs/16_company.ipynb #caf7a61a
 import functools, torch
 from contextlib import contextmanager
 from torch import nn, Tensor
@@ -14,7 +14,7 @@ from .hypernet import HyperNet
 from .multitask import fit
 from .tasks import TaskData
 
-# %% ../nbs/16_company.ipynb #24f6207c
+# %% ../nbs/16_company.ipynb #332f5042
 DECAY = functools.partial(torch.optim.AdamW, weight_decay=.01, fused=True)
 
 @contextmanager
@@ -25,7 +25,7 @@ def seeded(generator:torch.Generator, device='cpu'):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
         yield
 
-# %% ../nbs/16_company.ipynb #e88ae3f7
+# %% ../nbs/16_company.ipynb #ecc81f40
 class StrongNet(nn.Module):
     "W = W⁰ + h(e): a network for all tasks, and what the question changes in it"
     def __init__(self, W0:Tensor,    # (P,) where it starts
@@ -47,7 +47,7 @@ def train_cond_strong(adapter:Adapter, W0:Tensor, data:TaskData, valid:TaskData,
         history = fit(net.parameters(), net, adapter, data, valid, epochs, lr, generator, ema=.98, optimiser=DECAY, **kw)
     return net.eval().requires_grad_(False), history
 
-# %% ../nbs/16_company.ipynb #74291a4b
+# %% ../nbs/16_company.ipynb #58bc7d74
 class Ridge(nn.Module):
     "Kernel ridge regression from questions to latents, as tensors"
     def __init__(self, n:int, width:int, latent:int, kappa:float=.01): # training questions; D; Z; how fast likeness fades

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Schedule', 'linear_schedule', 'add_noise', 'posterior', 'v_target', 'split_prediction', 'diffusion_loss',
-           'sample_ddpm', 'timesteps', 'sample_ddim']
+           'sample_ddpm', 'timesteps', 'sample_ddim', 'sample_dpm']
 
-# %% ../nbs/12_ddpm.ipynb #6963c216
+# %% ../nbs/12_ddpm.ipynb #0e370b12
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-# %% ../nbs/12_ddpm.ipynb #109a4ba3
+# %% ../nbs/12_ddpm.ipynb #7501273c
 class Schedule(nn.Module):
     "`beta`, `alpha`, `alpha_bar`, `signal` and `noise` of T steps, each (T,), as buffers that move with their model and are not saved; index `t` is the paper's step t+1"
     def __init__(self,
@@ -28,7 +28,7 @@ class Schedule(nn.Module):
 
     def __len__(self): return len(self.beta)
 
-# %% ../nbs/12_ddpm.ipynb #c8f28f15
+# %% ../nbs/12_ddpm.ipynb #1383a600
 def linear_schedule(
     steps:int=350, # number of steps T
     beta_start:float=1e-4, # variance of the first step's noise
@@ -38,7 +38,7 @@ def linear_schedule(
     "The paper's schedule (A.7.3): `beta` grows in a straight line"
     return Schedule(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64), dtype)
 
-# %% ../nbs/12_ddpm.ipynb #b418ebce
+# %% ../nbs/12_ddpm.ipynb #c6129bc7
 def _at(values, t, x):
     "The entries `values[t]` (B,), shaped to broadcast over `x` (B,...)"
     return values[t].view(-1, *[1]*(x.ndim-1))
@@ -52,7 +52,7 @@ def add_noise(
     "Jump from clean data to step `t`: a draw from `q(x^t|x^0)`, the closed form below Eq. 6"
     return _at(schedule.signal, t, x0)*x0 + _at(schedule.noise, t, x0)*eps
 
-# %% ../nbs/12_ddpm.ipynb #c44e5f8f
+# %% ../nbs/12_ddpm.ipynb #744b022c
 def posterior(
     x0:Tensor, # clean data (B,...)
     xt:Tensor, # noisy data at step t, shaped like x0
@@ -67,7 +67,7 @@ def posterior(
     mean = (alpha.sqrt()*noise**2*xt + signal*beta*x0)/total
     return mean, noise**2/total*beta
 
-# %% ../nbs/12_ddpm.ipynb #41b753de
+# %% ../nbs/12_ddpm.ipynb #596a89d3
 def v_target(
     x0:Tensor, # clean data (B,...)
     eps:Tensor, # the noise, shaped like x0
@@ -90,7 +90,7 @@ def split_prediction(
     if kind=='v': return signal*xt-noise*pred, noise*xt+signal*pred
     raise ValueError(f"kind must be 'eps' or 'v', got {kind!r}")
 
-# %% ../nbs/12_ddpm.ipynb #d4288e48
+# %% ../nbs/12_ddpm.ipynb #5e9d27e6
 def _randn(x, generator):
     "Standard normal noise like `x`, drawn where `generator` lives"
     return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
@@ -113,7 +113,7 @@ def diffusion_loss(
         raise ValueError(f'the model must return the shape {tuple(x0.shape)} of its input, got {tuple(pred.shape)}')
     return F.mse_loss(pred, target)
 
-# %% ../nbs/12_ddpm.ipynb #69ed1b9e
+# %% ../nbs/12_ddpm.ipynb #183477d5
 def _guess(model, x, t, schedule, kind):
     "The model's guesses of x^0 and ε for a whole batch at step `t`, and that step as a tensor (B,)"
     t = torch.full((len(x),), t, device=x.device)
@@ -134,7 +134,7 @@ def sample_ddpm(
         x = mean + var.sqrt()*_randn(x, generator)
     return x
 
-# %% ../nbs/12_ddpm.ipynb #2d320129
+# %% ../nbs/12_ddpm.ipynb #e979df8f
 def timesteps(
     schedule:Schedule, # how much noise each step adds
     steps:int, # how many of its T steps to visit
@@ -144,7 +144,7 @@ def timesteps(
     if not 1<=steps<=T: raise ValueError(f'steps must be from 1 to {T}, the length of the schedule; got {steps}')
     return (T - torch.arange(steps, dtype=torch.float64)*T/steps).round().long()-1
 
-# %% ../nbs/12_ddpm.ipynb #ccde7167
+# %% ../nbs/12_ddpm.ipynb #a141b4eb
 def sample_ddim(
     model, # the network: model(x, t) gives a prediction shaped like x; t is (B,), long
     x:Tensor, # standard normal noise to start from (B,...)
@@ -158,3 +158,23 @@ def sample_ddim(
         x0,eps,t = _guess(model, x, i, schedule, kind)
         x = x0 if s is None else add_noise(x0, torch.full_like(t, s), eps, schedule)
     return x
+
+# %% ../nbs/12_ddpm.ipynb #017b6ad4
+def sample_dpm(
+    model, # the network: model(x, t) gives a prediction shaped like x; t is (B,), long
+    x:Tensor, # standard normal noise to start from (B,...)
+    schedule:Schedule, # how much noise each step adds
+    kind:str, # what the network predicts: 'eps' or 'v'
+    steps:int=12, # evaluations of the network
+)->Tensor: # samples, shaped like x
+    "DPM-Solver++ of second order, multistep: DDIM that extrapolates its last two guesses of the data"
+    visit = timesteps(schedule, steps).tolist()
+    time = (schedule.signal/schedule.noise).log()
+    before = last = None
+    for i,s in zip(visit, visit[1:]):
+        x0,_,t = _guess(model, x, i, schedule, kind)
+        h = time[s]-time[i]
+        d = x0 if before is None else x0 + h/(2*last)*(x0-before)
+        x = schedule.noise[s]/schedule.noise[i]*x - schedule.signal[s]*torch.expm1(-h)*d
+        before,last = x0,h
+    return _guess(model, x, visit[-1], schedule, kind)[0]

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['ARCHIVES', 'Archive', 'fetch', 'unpack', 'download']
 
-# %% ../nbs/02b_download.ipynb #d8ca1906
-import hashlib, shutil, stat, time, zipfile
+# %% ../nbs/02b_download.ipynb #e58ee795
+import hashlib, shutil, stat, time, zipfile, zlib
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 from .tasks import write_whole
 
-# %% ../nbs/02b_download.ipynb #9c72b59c
+# %% ../nbs/02b_download.ipynb #93496045
 @dataclass(frozen=True)
 class Archive:
     "A file on a server, and how to know that it is the right one"
@@ -34,25 +35,29 @@ ARCHIVES['vqa2'] = ARCHIVES['vqa2-text'] + (
     Archive(_coco + 'train2014.zip', 13_510_573_713, 'ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775'),
     Archive(_coco + 'val2014.zip', 6_645_013_297, 'fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0'))
 
-# %% ../nbs/02b_download.ipynb #5a6920b8
-def fetch(archive:Archive, folder, tries:int=8, wait:float=2., # seconds before the second try, growing
+# %% ../nbs/02b_download.ipynb #7e6a3be3
+def fetch(archive:Archive, folder, tries:int=8,  # in a row in which nothing comes
+          wait:float=2.,                         # seconds before a second try, growing
           progress=lambda name, done, total: None)->Path:
     "Download an archive, or what is missing of it; ValueError where what is there is not what was expected, OSError where the server cannot be reached"
     path = Path(folder)/archive.name; part = path.with_name(path.name + '.part')
     if path.exists(): return path
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for i in range(tries):
-        have = part.stat().st_size if part.exists() else 0
+    failed, trouble = 0, 'the connection ended early'
+    while (have := _size(part)) != archive.size:
+        if failed == tries: raise OSError(f'{archive.url} could not be fetched ({trouble}); what came is kept, run the command again to go on')
         if have > archive.size: part.unlink(); have = 0
-        if have == archive.size: break
-        if i: time.sleep(wait*i)
+        if failed: time.sleep(wait*failed)
         try: _append(archive, part, have, progress)
+        except HTTPError as e:
+            if 400 <= e.code < 500: raise OSError(f'{archive.url} cannot be had ({e})') from None
+            trouble = e
         except (OSError, HTTPException) as e: trouble = e
-        else: trouble = 'the connection ended early'
-    else: 
-        if not part.exists() or part.stat().st_size != archive.size: raise OSError(f'{archive.url} could not be fetched in {tries} tries ({trouble}); what came is kept, run the command again to go on')
+        failed = 0 if _size(part) > have else failed + 1
     _verify(archive, part)
     return part.rename(path)
+
+def _size(path): return path.stat().st_size if path.exists() else 0
 
 def _append(archive, part, have, progress):
     "Ask for what comes after the first `have` bytes, and add it to the file"
@@ -68,18 +73,15 @@ def _append(archive, part, have, progress):
 
 def _verify(archive, part):
     "ValueError, and the file is gone, where its checksum is not the one that is known"
-    with part.open('rb') as f: found = hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else _digest(f)
+    h = hashlib.sha256()
+    with part.open('rb') as f:
+        while chunk := f.read(1 << 20): h.update(chunk)
+    found = h.hexdigest()
     if found == archive.sha256: return
     part.unlink()
     raise ValueError(f'{archive.url} is another file than expected (SHA-256 {found[:12]}…, not {archive.sha256[:12]}…); it was removed')
 
-def _digest(f):
-    "SHA-256 of an open file, for Python 3.10"
-    h = hashlib.sha256()
-    while chunk := f.read(1 << 20): h.update(chunk)
-    return h.hexdigest()
-
-# %% ../nbs/02b_download.ipynb #4a5d7349
+# %% ../nbs/02b_download.ipynb #4d1a5122
 def unpack(path, folder, progress=lambda name, done, total: None)->int: # number of files written
     "Unpack a zip archive; ValueError where it is damaged, or has a name that leads out of the folder"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); written = 0
@@ -93,15 +95,15 @@ def unpack(path, folder, progress=lambda name, done, total: None)->int: # number
                 target = folder/m.filename
                 if not target.exists() or target.stat().st_size != m.file_size: write_whole(target, z.read(m)); written += 1
                 progress(Path(path).name, i + 1, len(files))
-    except zipfile.BadZipFile as e: raise ValueError(f'{path} is no readable archive ({e}): remove it, and it is fetched again') from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e: raise ValueError(f'{path} is no readable archive ({e}): remove it, and it is fetched again') from None
     return written
 
-# %% ../nbs/02b_download.ipynb #86ff2fea
+# %% ../nbs/02b_download.ipynb #b5a9a11e
 def download(what:str, folder, progress=lambda name, done, total: None):
     "Fetch, check and unpack a data set; ValueError where the disk is too small for it"
     if what not in ARCHIVES: raise ValueError(f'unknown data set {what!r}: use one of {", ".join(ARCHIVES)}')
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    missing = sum(a.size for a in ARCHIVES[what] if not (folder/a.name).exists())
-    free = shutil.disk_usage(folder).free
-    if 2*missing > free: raise ValueError(f'{what} needs {2*missing/1e9:.0f} GB in {folder}, packed and unpacked, but {free/1e9:.0f} GB are free there')
+    have = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
+    needed, free = 2*sum(a.size for a in ARCHIVES[what]) - have, shutil.disk_usage(folder).free
+    if needed > free: raise ValueError(f'{what} needs {needed/1e9:.0f} GB more in {folder}, packed and unpacked, but {free/1e9:.0f} GB are free there')
     for archive in ARCHIVES[what]: unpack(fetch(archive, folder, progress=progress), folder, progress)

@@ -9,8 +9,8 @@ __all__ = ['PRESETS', 'STAGES', 'HALF', 'OTHERWISE', 'METHODS', 'ABLATION', 'ALL
            'save_results', 'read_results', 'best_gamma', 'bootstrap', 'summary', 'per_task', 'compare', 'table1',
            'table4']
 
-# %% ../nbs/18_experiments.ipynb #63d3c26a
-import functools, json, platform, shutil, subprocess
+# %% ../nbs/18_experiments.ipynb #2f0ec056
+import functools, hashlib, json, platform, shutil, subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
@@ -24,7 +24,7 @@ from .tasks import TaskData, described, texts_of, write_whole
 from .world import make_world
 from .metavqa import hold_out, load_metavqa
 from .clip import encode_world, load_clip
-from .features import open_features, without_images
+from .features import numbers_of, open_features, without_images
 from .adapter import Adapter
 from .adapt import adapt_all, evaluate
 from .hypernet import HyperNet
@@ -38,7 +38,7 @@ from .whitening import fit_whitening
 from .company import Ridge, StrongNet, fit_ridge, train_cond_strong
 from .tuning import TunedLDM, save_tuned, tune
 
-# %% ../nbs/18_experiments.ipynb #5e90750d
+# %% ../nbs/18_experiments.ipynb #306650b8
 PRESETS = dict(
     default=dict(
         world=dict(tasks=(870, 100, 373), scenes=(24_000, 6_000, 12_000)), adapter=dict(hidden=32, temperature=30.), start='multitask',
@@ -63,19 +63,19 @@ PRESETS['smoke'] = altered('default',
     hnet_latents=dict(splits=2, steps=20), hvae=dict(steps=300), hyperclip=dict(steps=200), hyperldm=dict(steps=600), regression=dict(steps=300),
     cond_strong=dict(epochs=4), tuned=dict(epochs=2))
 
-# %% ../nbs/18_experiments.ipynb #1ac866ef
+# %% ../nbs/18_experiments.ipynb #e92c1c13
 PRESETS['paper'] = altered('default',
     adapter=dict(hidden=256, temperature=100.), start='mnet_maml',
     multitask=dict(epochs=300, lr=1e-4), mnet_maml=dict(epochs=500, lr=3e-5, inner_lr=.01), mnet_fomaml=dict(epochs=500, lr=3e-5, inner_lr=.01),
     hnet_maml=dict(epochs=100, lr=3e-5, inner_lr=.1), cond_multitask=dict(epochs=60, lr=1e-4), cond_film=dict(epochs=300, lr=1e-4),
     cond_hnet_maml=dict(epochs=200, lr=1e-5, inner_lr=.1), weights=dict(lr=.01), hnet_latents=dict(lr=.1),
-    hvae=dict(hidden=(512, 256), steps=2000*870//32, batch=32, lr=1e-4, ce_weight=0., clip=1000.),
+    hvae=dict(hidden=(256, 512), steps=2000*870//32, batch=32, lr=1e-4, ce_weight=0., clip=1000.),
     hyperclip=dict(steps=600*870//64, noise=0.),
     hyperldm=dict(hidden=(8192, 16384, 8192), kind='eps', steps=1000*870//128, lr=2.5e-4), sampling=dict(steps=350),
     guidance=dict(hnet=dict(steps=10, lr=.1, penalty=.01)), few_shot=dict(lr=.01),
     cond_strong=dict(epochs=60, lr=1e-4), tuned=dict(lr=1e-4))
 
-# %% ../nbs/18_experiments.ipynb #26826ac0
+# %% ../nbs/18_experiments.ipynb #49bed699
 STAGES = ('multitask', 'cond_multitask', 'weights', 'hvae', 'hyperldm', 'sampling', 'mnet_maml', 'mnet_fomaml', 'hnet_maml', 'cond_film', 'cond_hnet_maml',
           'hnet_latents', 'hyperclip', 'hnet_hyperclip', 'hnet_hyperldm', 'regression', 'plain_clip', 'few_shot', 'cond_strong', 'ridge', 'tuned')
 
@@ -83,7 +83,7 @@ def generator(seed:int, stage:str)->torch.Generator:
     "The source of random numbers of one stage"
     return torch.Generator().manual_seed(1000*seed + STAGES.index(stage))
 
-# %% ../nbs/18_experiments.ipynb #05d9d2b6
+# %% ../nbs/18_experiments.ipynb #11870cba
 class Lab:
     "Tasks with their features, and the folder that keeps whatever is computed from them"
     def __init__(self, preset:str='default', # a key of `PRESETS`
@@ -92,7 +92,7 @@ class Lab:
                  data=None):                 # a folder of tasks and features, instead of a world
         if preset not in PRESETS: raise ValueError(f'unknown preset {preset!r}: use one of {", ".join(PRESETS)}')
         self.preset, self.folder, self.device, self.track, self.kept, self.world = PRESETS[preset], folder and Path(folder), device, track, {}, None
-        if data: source, (self.tasks, features, model) = dict(data=str(Path(data).resolve())), _read_data(Path(data))
+        if data: source, (self.tasks, features, model) = dict(data=str(Path(data).resolve())), _read_data(Path(data)); source['tasks'] = _digest(self.tasks)
         else: source, self.clip = dict(world_seed=world_seed), load_clip(clip, device); model = dict(name=clip, fingerprint=self.clip.fingerprint)
         self.config = dict(preset=preset, **source, clip=model, settings=json.loads(json.dumps(self.preset)))
         if folder: _claim(self.folder, self.config)
@@ -118,12 +118,17 @@ class Lab:
         "One seed after the other, with nothing in memory but its own models"
         for seed in seeds: self.kept.clear(); yield seed
 
-# %% ../nbs/18_experiments.ipynb #a9375998
+# %% ../nbs/18_experiments.ipynb #0e2a297c
+def _digest(tasks):
+    "A short name for tasks: the same questions, answers and pairs, the same name"
+    said = '\n'.join(f'{t.question}\t{t.prompt}\t{t.answers}\t{len(t.support)}' for ts in tasks.values() for t in ts).encode()
+    return hashlib.sha256(said + b''.join(t.pairs.tobytes() for ts in tasks.values() for t in ts)).hexdigest()[:12]
+
 def _read_data(folder): # -> tasks by part, Features, dict of the CLIP that made them
     "Tasks and features of a data set in Meta-VQA's layout"
     data = load_metavqa(folder)
     features, index = open_features(folder/'features', data.images, texts_of([t for ts in data.tasks.values() for t in ts]))
-    lost = {data.images.index(name) for name in index['unreadable']}
+    lost = numbers_of(data.images, index['unreadable'])
     tasks = {part: without_images(ts, lost) if lost else ts for part, ts in data.tasks.items()}
     train, valid = hold_out(tasks['train'])
     return dict(train=train, valid=valid, test=tasks['test']), features, dict(name=index['clip'], fingerprint=index['fingerprint'])
@@ -135,24 +140,25 @@ def _mark_unseen(data, images):
     new = test.parts['query'] & ~seen[test.index]
     if (new != test.parts['query']).any(): test.add_part('unseen', new)
 
-# %% ../nbs/18_experiments.ipynb #a5793b14
+# %% ../nbs/18_experiments.ipynb #67e47757
 def _claim(folder, config):
     "ValueError where a folder is another experiment's. What a killed process left half-written in it goes"
     file = folder/'config.json'
     for part in folder.rglob('.*.part'):
         if not Path(f'/proc/{part.name.split(".")[-2]}').exists(): part.unlink(missing_ok=True)
-    there = json.loads(file.read_text()) if file.exists() else config
+    try: there = json.loads(file.read_text()) if file.exists() else config
+    except ValueError as e: raise ValueError(f'{file} is damaged ({e}): give another folder, or remove this one') from None
     for k in config:
         if there.get(k) != config[k]: raise ValueError(f'{folder} holds an experiment with another {k} ({_short(there.get(k))}, not {_short(config[k])}): give another folder')
 
 def _short(x): return str(x) if len(str(x)) < 60 else str(x)[:56] + ' …'
 
-# %% ../nbs/18_experiments.ipynb #c0e1188b
+# %% ../nbs/18_experiments.ipynb #23c8c389
 def _same(x): return x
 
 def _state(x): return {'value': x} if isinstance(x, Tensor) else x.state_dict()
 
-# %% ../nbs/18_experiments.ipynb #e60cf9e6
+# %% ../nbs/18_experiments.ipynb #2784be96
 class Stages:
     "One seed and one share of descriptors: what may be read, and the keeping of whatever is trained"
     def __init__(self, lab:Lab, seed:int, share:float=1.,
@@ -187,10 +193,10 @@ class Stages:
             return out.eval().requires_grad_(False)
         except Exception as e: raise ValueError(f'{path} cannot be read ({str(e).splitlines()[0]}): remove it, and it is trained again') from None
 
-# %% ../nbs/18_experiments.ipynb #d65b2a7d
+# %% ../nbs/18_experiments.ipynb #9966f443
 HALF = 'hvae', 'hyperclip', 'hnet_hyperclip', 'hyperldm', 'hnet_hyperldm'  # trained with products in bfloat16 on a GPU
 
-# %% ../nbs/18_experiments.ipynb #87062f74
+# %% ../nbs/18_experiments.ipynb #93d26f6d
 class Unread(Stages):
     "All that reads no question"
     @property
@@ -209,16 +215,22 @@ class Unread(Stages):
     @property
     def weights(self): # (T,K,P)
         return self.keep('weights', lambda **kw: adapted_weights(self.lab.adapter, getattr(self, self.preset['start']), self.train, **kw))
+    @property
+    def hnet_weights(self): # (T,K,P), in full precision
+        with torch.autocast('cuda', enabled=False): return self.hnet_maml.decode(self.hnet_latents)
     def own(self, data): # (T,P) for the tasks of `data`: adapted to their own support images, as `weights` are to training tasks
         return adapt_all(self.lab.adapter, getattr(self, self.preset['start']), data, data.is_support, self.preset['weights']['steps'], self.preset['weights']['lr'])
     @property
     def hvae(self):
         return self.keep('hvae', lambda **kw: train_hvae(self.lab.adapter, self.weights, self.train, **kw)[0], lambda: HVAE(self.P, self.Z, self.preset['hvae']['hidden']))
     @property
+    def latents(self): # mean and log-variance (T,K,Z) of the adapted weights, in full precision
+        with torch.autocast('cuda', enabled=False): return self.hvae.encode(self.weights)
+    @property
     def hnet_latents(self): # (T,K,Z)
         return self.keep('hnet_latents', lambda **kw: adapted_weights(self.lab.adapter, self.hnet_maml.z0, self.train, decode=self.hnet_maml.decode, **kw))
 
-# %% ../nbs/18_experiments.ipynb #b61f6c3e
+# %% ../nbs/18_experiments.ipynb #32329f20
 class Models(Unread):
     "Everything that one seed and one share of descriptors train, each model when it is first asked for"
     def _ldm(self, latent): return HyperLDM(latent, self.D, self.preset['hyperldm']['hidden'], self.preset['hyperldm']['kind'])
@@ -238,20 +250,20 @@ class Models(Unread):
         return self.keep('hyperclip', lambda **kw: train_hyperclip(self.weights, self.train.e, **kw)[0], self._clip_h, told=True)
     @property
     def hnet_hyperclip(self):
-        return self.keep('hnet_hyperclip', lambda **kw: train_hyperclip(self.hnet_maml.decode(self.hnet_latents), self.train.e, **kw)[0], self._clip_h, 'hyperclip', told=True)
+        return self.keep('hnet_hyperclip', lambda **kw: train_hyperclip(self.hnet_weights, self.train.e, **kw)[0], self._clip_h, 'hyperclip', told=True)
     @property
     def hyperldm(self):
-        return self.keep('hyperldm', lambda **kw: train_hyperldm(*self.hvae.encode(self.weights), self.train.e, **kw)[0], lambda: self._ldm(self.Z), told=True)
+        return self.keep('hyperldm', lambda **kw: train_hyperldm(*self.latents, self.train.e, **kw)[0], lambda: self._ldm(self.Z), told=True)
     @property
     def hnet_hyperldm(self):
         z = self.hnet_latents
         return self.keep('hnet_hyperldm', lambda **kw: train_hyperldm(z, torch.full_like(z, -torch.inf), self.train.e, **kw)[0], lambda: self._ldm(z.shape[-1]), 'hyperldm', told=True)
     @property
     def regression(self):
-        return self.keep('regression', lambda **kw: train_regression(self.hvae.encode(self.weights)[0], self.train.e, **kw)[0], lambda: mlp(self.D, 256, 256, self.Z), told=True)
+        return self.keep('regression', lambda **kw: train_regression(self.latents[0], self.train.e, **kw)[0], lambda: mlp(self.D, 256, 256, self.Z), told=True)
     @property
     def ridge(self):
-        return self.keep('ridge', lambda generator, progress, **kw: fit_ridge(self.hvae.encode(self.weights)[0], self.train.e, **kw), lambda: Ridge(len(self.rows), self.D, self.Z), told=True)
+        return self.keep('ridge', lambda generator, progress, **kw: fit_ridge(self.latents[0], self.train.e, **kw), lambda: Ridge(len(self.rows), self.D, self.Z), told=True)
     @property
     def cond_strong(self): # five of them
         return self.keep('cond_strong', lambda **kw: nn.ModuleList([train_cond_strong(self.lab.adapter, self.multitask, *self.tasks[1:], **kw)[0] for _ in range(5)]),
@@ -259,17 +271,17 @@ class Models(Unread):
     @property
     def tuned(self): return self.tuned_otherwise('')
     def tuned_otherwise(self, how:str): # a key of `OTHERWISE`: what is changed in the recipe
-        return self.keep('tuned' + f'-{how}'*bool(how), lambda **kw: tune(self.lab.adapter, self.hvae, self.hyperldm, *self.hvae.encode(self.weights), *self.tasks[1:], **kw | OTHERWISE[how])[0],
+        return self.keep('tuned' + f'-{how}'*bool(how), lambda **kw: tune(self.lab.adapter, self.hvae, self.hyperldm, *self.latents, *self.tasks[1:], **kw | OTHERWISE[how])[0],
                          lambda: TunedLDM(HVAE(self.P, self.Z, self.preset['hvae']['hidden']), self._ldm(self.Z)), 'tuned', told=True, longer=True)
 
-# %% ../nbs/18_experiments.ipynb #9b8b5b3a
+# %% ../nbs/18_experiments.ipynb #5227eb20
 def _guided(m, data, space):
     "HyperCLIP guidance (Algorithm 11): from the learned z⁰ in the latent space of the HNet, from noise in that of the HVAE"
     net, gen, clip_h = (m.hnet_maml, m.hnet_maml.z0.expand(len(data), -1), m.hnet_hyperclip) if space == 'hnet' else (m.hvae, None, m.hyperclip)
     z0 = gen if space == 'hnet' else torch.randn(len(data), m.Z, generator=generator(m.seed, 'sampling')).to(m.lab.device)
     return net.decode(guide(clip_h, net.decode, z0, data.e, **m.lab.preset['guidance'][space])[-1])
 
-# %% ../nbs/18_experiments.ipynb #f0f7ed32
+# %% ../nbs/18_experiments.ipynb #aeed657e
 def write_weights(m:Models, e:Tensor, gamma:float, samples:int=1, eta:float=0., space:str='hvae')->Tensor: # (T,D) -> (T,P)
     "HyperLDM (Algorithm 14): the mean of the weights of `samples` latents for each question; with `eta`, guided by HyperCLIP as well"
     net, ldm = (m.hvae, m.hyperldm) if space == 'hvae' else (m.hnet_maml, m.hnet_hyperldm)
@@ -278,7 +290,7 @@ def write_weights(m:Models, e:Tensor, gamma:float, samples:int=1, eta:float=0., 
     W = net.decode(ldm.sample(e, gamma, generator(m.seed, 'sampling'), log_p=log_p, eta=eta, **m.preset['sampling']))
     return reduce(W, '(t k) p -> t p', 'mean', k=samples)
 
-# %% ../nbs/18_experiments.ipynb #f9e5eb01
+# %% ../nbs/18_experiments.ipynb #870e4048
 OTHERWISE = {'': {}, 'undirect': dict(direct=False), 'decoder': dict(decoder=True), 'kept': dict(keep=.1), 'unguided': dict(gamma=1., spread=0.), 'first': dict(decoder=True, keep=.1)}
 
 def _tuned(m, d, how='', gamma=None, samples=8):
@@ -289,13 +301,13 @@ def _several(nets, e):
     "One network that reads e, or the weights (T,K,P) of several"
     return (e, nets[0]) if len(nets) == 1 else (torch.stack([net(e) for net in nets], 1), _same)
 
-# %% ../nbs/18_experiments.ipynb #b4a1c484
+# %% ../nbs/18_experiments.ipynb #1abe0d5d
 def nearest_question(m:Models, e:Tensor)->Tensor: # (T,D) -> (T,P)
     "No learning from words at all: the network of the described training task whose question is most alike, written by the HVAE"
     alike = F.normalize(e, dim=-1)@F.normalize(m.train.e[m.rows], dim=-1).T
     return m.hvae.decode(m.hvae.encode(m.weights[m.rows][alike.argmax(1)])[0].mean(1))
 
-# %% ../nbs/18_experiments.ipynb #2c172e4a
+# %% ../nbs/18_experiments.ipynb #bf43c36b
 @dataclass(frozen=True)
 class Method:
     "A row of the paper's tables"
@@ -337,7 +349,7 @@ ALL = tuple(slug for slug in METHODS if not slug.endswith('-white') and slug not
 AHEAD = ('clip', 'multitask', 'cond-multitask', 'cond-multitask-strong', 'hvae-regression-white', 'hvae-ridge', 'hvae-hyperldm', 'hvae-hyperldm-white', 'hvae-hyperldm-tuned')  # the tuned HyperLDM and all its company
 QUICK = 'clip', 'multitask', 'cond-multitask', 'hvae-hyperldm'   # what the paper is about, in a few minutes
 
-# %% ../nbs/18_experiments.ipynb #9cd682e3
+# %% ../nbs/18_experiments.ipynb #909cfbe1
 IMAGES = 1, 2, 4, 8, 16                                          # support images of the few-shot curve
 CURVE = 'clip', 'multitask', 'mnet-maml', 'hvae-hyperldm'        # the methods that it compares
 
@@ -364,13 +376,13 @@ def measure(m:Models, row:dict)->dict: # part -> (T,) percent
     setting = {k: row[k] for k in method.settings.split() if row[k] is not None}
     for part in ('valid', 'test'):
         data = m.data[part]; v, decode = method.start(m, data, **setting)
-        if row['setting'] == 'few-shot': v = adapt_all(adapter, v, data, few_images(data, row['images'], m.seed), decode=decode, **m.preset['few_shot'])
+        if row['setting'] == 'few-shot': v = adapt_all(adapter, v, data, few_images(data, row['images'], m.seed), decode=None if decode is _same else decode, **m.preset['few_shot'])
         W = decode(v.expand(len(data), -1) if v.ndim < 3 else v)
         out[part] = evaluate(adapter, W, data)
         if 'unseen' in data.parts: out['unseen'] = evaluate(adapter, W, data, 'unseen')
     return out
 
-# %% ../nbs/18_experiments.ipynb #8f4466d8
+# %% ../nbs/18_experiments.ipynb #f4368b46
 @dataclass
 class Experiment:
     "A finished grid: what was asked, its rows, and the laboratory in which more can be done"
@@ -389,7 +401,7 @@ class Experiment:
     def gamma(self): return best_gamma(self.results)
     def models(self, white=False): return Models(self.lab, self.config['seeds'][0], max(self.config['shares']), white) # of the first seed
 
-# %% ../nbs/18_experiments.ipynb #093530c5
+# %% ../nbs/18_experiments.ipynb #bb2f988b
 def reproduce(preset:str='default', seeds=(0,), shares=(1.,), # seeds of everything that is trained; shares of descriptors
               methods=ALL, gammas:tuple=(0., .5, 1., 1.5, 2., 3., 5.),
               world_seed:int=0,  # of scenes and questions
@@ -416,11 +428,12 @@ def reproduce(preset:str='default', seeds=(0,), shares=(1.,), # seeds of everyth
     if out: save_results(done, out)
     return done
 
-# %% ../nbs/18_experiments.ipynb #9d1508c9
+# %% ../nbs/18_experiments.ipynb #c86a15f0
 def _job(m, slug, share, gammas, say):
     "The rows of one method, seed and share: read, or computed and kept"
     file = m.lab.folder and m.lab.folder/'rows'/f'{slug}-seed{m.seed}-{100*share:g}.json'
-    there = json.loads(file.read_text()) if file and file.exists() else []
+    try: there = json.loads(file.read_text()) if file and file.exists() else []
+    except ValueError as e: raise ValueError(f'{file} is damaged ({e}): remove it, and it is measured again') from None
     key = lambda r: tuple(v for k, v in r.items() if k not in MEASURED)
     have, wanted = {key(r): r for r in there}, rows_wanted(slug, m.seed, share, gammas, m.lab.preset)
     missing = [r for r in wanted if key(r) not in have]
@@ -430,7 +443,7 @@ def _job(m, slug, share, gammas, say):
     say(f'seed {m.seed}, {share:4.0%} of descriptors, {METHODS[slug].name}: ' + ', '.join(f'{np.mean(r["test"]):.1f}' for r in found if r['setting'] == 'zero-shot'))
     return found
 
-# %% ../nbs/18_experiments.ipynb #63be4f9a
+# %% ../nbs/18_experiments.ipynb #3f583c7d
 def _commit():
     "The commit of the checkout that this runs from, or None"
     run = subprocess.run(['git', '-C', Path(__file__).parent if '__file__' in globals() else '.', 'rev-parse', 'HEAD'], capture_output=True, text=True)
@@ -438,7 +451,7 @@ def _commit():
 
 def _lines(rows): return '[\n  ' + ',\n  '.join(json.dumps(r) for r in rows) + ']'
 
-# %% ../nbs/18_experiments.ipynb #18adbc04
+# %% ../nbs/18_experiments.ipynb #4e331aa4
 def save_results(done:Experiment, out):
     "Write results, tables and the trained HyperLDM, each file whole or not at all"
     out, r, c = Path(out), done.results, done.config
@@ -467,10 +480,10 @@ def read_results(folder)->dict: # config, rows; valid, test (rows, T) and concep
     try: return json.loads((Path(folder)/'results.json').read_text()) | load_arrays(Path(folder)/'per_task.safetensors')
     except Exception as e: raise ValueError(f'{folder} holds no readable results ({e}): make them with hyperclip reproduce --out {folder}') from None
 
-# %% ../nbs/18_experiments.ipynb #0feb803f
+# %% ../nbs/18_experiments.ipynb #a1cb982c
 KEYS = ['method', 'descriptors', 'setting', 'gamma', 'eta', 'samples', 'images']
 
-# %% ../nbs/18_experiments.ipynb #57ce0881
+# %% ../nbs/18_experiments.ipynb #225f3d7a
 def best_gamma(results:dict)->float|None:
     "The guidance scale above 0 with the best mean accuracy of one sample of `hvae-hyperldm` on validation tasks, with all descriptors"
     rows = pd.DataFrame(results['rows']).assign(valid=results['valid'].mean(1))
@@ -479,7 +492,7 @@ def best_gamma(results:dict)->float|None:
     mean = rows[rows.descriptors == rows.descriptors.max()].groupby('gamma').valid.mean()
     return float((mean[mean.index > 0] if mean.index.max() > 0 else mean).idxmax())
 
-# %% ../nbs/18_experiments.ipynb #10316d98
+# %% ../nbs/18_experiments.ipynb #cd8f47d6
 def bootstrap(difference:np.ndarray, concepts:np.ndarray, # (T,) of tasks; (T,) which concept each task asks about
               draws:int=2000, seed:int=0)->tuple: # low and high end
     "95 % interval of the mean over tasks, when concepts are drawn with replacement"
@@ -488,7 +501,7 @@ def bootstrap(difference:np.ndarray, concepts:np.ndarray, # (T,) of tasks; (T,) 
     times = np.random.default_rng(seed).multinomial(len(count), np.full(len(count), 1/len(count)), draws)
     return tuple(np.percentile(times@total/(times@count), (2.5, 97.5)))
 
-# %% ../nbs/18_experiments.ipynb #41dd5ab3
+# %% ../nbs/18_experiments.ipynb #09a8ea5f
 def summary(results:dict, against:str='cond-multitask')->pd.DataFrame:
     "A line for each method and setting: test and validation accuracy over seeds, the share of the way, the paired difference to `against`"
     rows = pd.DataFrame(results['rows']).reset_index()
@@ -512,7 +525,7 @@ def _title(r):
     more = [f'γ = {r.gamma:g}'*(r.gamma >= 0), f'η = {r.eta:g}'*(r.eta >= 0), f'mean of {r.samples}'*(r.samples > 1)]
     return ', '.join([METHODS[r.method].name, *filter(None, more)])
 
-# %% ../nbs/18_experiments.ipynb #3b84731d
+# %% ../nbs/18_experiments.ipynb #f7a62892
 def per_task(results:dict, **row)->np.ndarray: # (seeds,T)
     "Test accuracy of the tasks, a line for each seed, of a zero-shot row that is named by its `method`, and `descriptors`, `gamma`, `samples` where they differ"
     row = dict(descriptors=1., gamma=None, eta=None, samples=1, setting='zero-shot', images=0) | row
@@ -527,7 +540,7 @@ def compare(worlds:list, # of results
     low, high = bootstrap(x - y, np.concatenate([r['concepts'] + 10_000*i for i, r in enumerate(worlds)]))
     return dict(a=x.mean(), b=y.mean(), difference=(x - y).mean(), low=low, high=high)
 
-# %% ../nbs/18_experiments.ipynb #abf81674
+# %% ../nbs/18_experiments.ipynb #eef3696e
 PAPER = { # slug, γ -> Table 1 at 50 % and 100 % of descriptors, Table 4 (mean, s.d.)
     ('clip', -1): (None, (44.99, None), (54.93, .11)), ('multitask', -1): (None, (53.75, .36), (55.53, .40)),
     ('mnet-maml', -1): (None, (53.04, .69), (60.24, .84)), ('mnet-fomaml', -1): (None, (53.04, .42), (60.03, .48)),
@@ -556,7 +569,7 @@ def table4(results:dict)->pd.DataFrame:
     s = summary(results); s = s[(s.setting == 'few-shot') & (s.images == -1)]
     return pd.DataFrame([dict(method=METHODS[r.method].name, few_shot=_cell((r.test, r.sd)), paper=_cell(PAPER.get((r.method, r.gamma), (None,)*3)[2])) for r in s.itertuples()])
 
-# %% ../nbs/18_experiments.ipynb #b3880e37
+# %% ../nbs/18_experiments.ipynb #69bff600
 def _cell(found):
     "Mean and s.d. as the paper prints them"
     if not found: return ''

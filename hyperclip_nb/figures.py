@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'SHARED', 'task_figure', 'gamma_figure', 'descriptor_figure', 'few_shot_figure', 'families',
            'question_figure', 'inference_figure', 'infer', 'path_figure', 'answer_figure', 'save_figure', 'draw_all']
 
-# %% ../nbs/19_figures.ipynb #3acf4592
+# %% ../nbs/19_figures.ipynb #e4db24ab
 import io
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, seaborn as sns, torch
@@ -18,7 +18,7 @@ from .hyperclip import found_at, infer_task
 from .guidance import guide
 from .experiments import Experiment, METHODS, summary, write_weights
 
-# %% ../nbs/19_figures.ipynb #e95543a7
+# %% ../nbs/19_figures.ipynb #5d21891f
 def task_figure(task:Task, scenes:Scenes, n:int=6)->Figure:
     "A question over some of its images, each with the right answer (Figure 4)"
     n = min(n, len(task.support))
@@ -28,7 +28,7 @@ def task_figure(task:Task, scenes:Scenes, n:int=6)->Figure:
     fig.suptitle(task.question, fontsize=12); fig.tight_layout()
     return fig
 
-# %% ../nbs/19_figures.ipynb #82159931
+# %% ../nbs/19_figures.ipynb #6ecf944a
 COLORS = dict(zip(('hvae-hyperldm', 'cond-multitask', 'hnet-hyperldm', 'multitask', 'clip', 'cond-film', 'mnet-maml', 'cond-hnet-maml', 'hvae-regression'), sns.color_palette('colorblind')))
 
 def _line(ax, x, mean, sd, slug, label, **kw):
@@ -43,7 +43,7 @@ def _levels(ax, at): # slug -> accuracy
         ax.axhline(level, color=COLORS[slug], ls='--', lw=1.2)
         ax.annotate(METHODS[slug].name, (1.01, y), xycoords=('axes fraction', 'data'), va='center', fontsize=7, color=COLORS[slug])
 
-# %% ../nbs/19_figures.ipynb #702e8946
+# %% ../nbs/19_figures.ipynb #417841cc
 def gamma_figure(results:dict)->Figure:
     "Zero-shot accuracy of HyperLDM over the guidance scale, at the largest share of descriptors (Figure 5 A)"
     s = summary(results); told = s.method.map(lambda m: METHODS[m].told); s = s[~told | (s.descriptors == s.descriptors[told].max())]
@@ -57,10 +57,10 @@ def gamma_figure(results:dict)->Figure:
     sns.despine(fig)
     return fig
 
-# %% ../nbs/19_figures.ipynb #8250527a
+# %% ../nbs/19_figures.ipynb #9104574d
 def _seeds(s): return f'{int(s.seeds.max())} seed{"s" if s.seeds.max() > 1 else ""}'
 
-# %% ../nbs/19_figures.ipynb #b14e645e
+# %% ../nbs/19_figures.ipynb #12624988
 SHARED = 'cond-multitask', 'cond-film', 'cond-hnet-maml', 'hnet-hyperldm', 'hvae-hyperldm'
 
 def descriptor_figure(results:dict, gamma:float=1.5)->Figure:
@@ -78,7 +78,7 @@ def descriptor_figure(results:dict, gamma:float=1.5)->Figure:
     sns.despine(fig)
     return fig
 
-# %% ../nbs/19_figures.ipynb #b0f942dc
+# %% ../nbs/19_figures.ipynb #778852d1
 def few_shot_figure(results:dict)->Figure:
     "Accuracy over the number of support images a task may learn from, from several starts"
     s = summary(results); s = s[(s.descriptors == 1) & (s.samples == 1) & (s.eta < 0) & s.gamma.isin([-1, 1.5])]
@@ -96,7 +96,7 @@ def few_shot_figure(results:dict)->Figure:
     sns.despine(fig)
     return fig
 
-# %% ../nbs/19_figures.ipynb #1d791fcc
+# %% ../nbs/19_figures.ipynb #9fb4de77
 def families(tasks:list)->np.ndarray: # of strings
     "The family of each task's question: color, count, place, …; 'other' where it is not a question about this world"
     concepts = [read(t.question) for t in tasks]
@@ -108,7 +108,7 @@ def question_figure(e:Tensor, tasks:list)->Figure: # (T,D)
     xy = umap.UMAP(metric='cosine', random_state=0, n_jobs=1).fit_transform(e.cpu().numpy())
     return _scatter(xy, families(tasks), 'Task embeddings (UMAP)')
 
-# %% ../nbs/19_figures.ipynb #85cec145
+# %% ../nbs/19_figures.ipynb #dea8229d
 def _scatter(xy, family, title):
     fig = plt.figure(figsize=(6, 4.2)); ax = fig.subplots()
     names = sorted(set(family))
@@ -116,7 +116,7 @@ def _scatter(xy, family, title):
     ax.set(title=title, xticks=[], yticks=[]); ax.legend(fontsize=8, markerscale=2, frameon=False, loc='center left', bbox_to_anchor=(1, .5)); sns.despine(fig, left=True, bottom=True)
     return fig
 
-# %% ../nbs/19_figures.ipynb #7e997fe2
+# %% ../nbs/19_figures.ipynb #a91d345c
 def inference_figure(scores:Tensor, tasks:list)->Figure: # (T,T) cosines of networks and questions
     "Which question fits which network? Sorted by family (Figure 3 C)"
     family = families(tasks); order = np.argsort(family, kind='stable')
@@ -137,7 +137,7 @@ def infer(done:Experiment)->Tensor: # (T,T)
     W = m.own(test)
     return infer_task(m.hyperclip, W, test.e)
 
-# %% ../nbs/19_figures.ipynb #badbdb5b
+# %% ../nbs/19_figures.ipynb #3aa000aa
 def path_figure(done:Experiment, questions:int=5)->Figure:
     "Latents of training tasks in the two directions in which families differ most, with guidance paths of some test questions"
     m, train, test = done.models(), done.lab.data['train'], done.lab.data['test']
@@ -158,7 +158,7 @@ def path_figure(done:Experiment, questions:int=5)->Figure:
     ax.text(0, -.03, '\n'.join(['★ the start of all'] + [f'{k + 1}: {test.tasks[row].question}' for k, row in enumerate(rows)]), transform=ax.transAxes, fontsize=7, va='top')
     return fig
 
-# %% ../nbs/19_figures.ipynb #3f91822b
+# %% ../nbs/19_figures.ipynb #9a3dbfd9
 @torch.no_grad()
 def answer_figure(done:Experiment, rows:list, # numbers of test tasks
                   n:int=5)->Figure:
@@ -182,7 +182,7 @@ def answer_figure(done:Experiment, rows:list, # numbers of test tasks
     fig.subplots_adjust(hspace=.75, wspace=.35)
     return fig
 
-# %% ../nbs/19_figures.ipynb #8d24293f
+# %% ../nbs/19_figures.ipynb #abbfd46b
 def save_figure(fig:Figure, path):
     "Write a figure as PNG and as SVG beside each other, each whole or not at all, and close it"
     for kind in ('png', 'svg'):

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['fit_to_question', 'guide']
 
-# %% ../nbs/11_guidance.ipynb #f1db1225
+# %% ../nbs/11_guidance.ipynb #2ee7b964
 import torch, torch.nn.functional as F
 from torch import Tensor
 from .hyperclip import HyperCLIP
 
-# %% ../nbs/11_guidance.ipynb #14d766e7
+# %% ../nbs/11_guidance.ipynb #0a54365d
 def fit_to_question(net:HyperCLIP, W:Tensor, e:Tensor)->Tensor: # (T,P), (T,D) -> (T,)
     "Cosine of each network with its own question"
     return (net(W)*F.normalize(e, dim=-1)).sum(-1)

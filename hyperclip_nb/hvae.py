@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['random_parts', 'adapted_weights', 'mlp', 'draw', 'kl_divergence', 'HVAE', 'train_hvae']
 
-# %% ../nbs/09_hvae.ipynb #f8ad6cc4
+# %% ../nbs/09_hvae.ipynb #6dfcbebd
 import torch
 from torch import nn, Tensor
 from .tasks import TaskData, sample_pairs
 from .adapter import Adapter
 from .adapt import adapt_all, task_losses
 
-# %% ../nbs/09_hvae.ipynb #6ad47e4f
+# %% ../nbs/09_hvae.ipynb #46146065
 def random_parts(data:TaskData, generator:torch.Generator,
                  low:float=2/3)->Tensor: # (T, longest) bool
     "For each task a random share, between `low` and 1, of all its labelled images"
@@ -20,19 +20,19 @@ def random_parts(data:TaskData, generator:torch.Generator,
     rank = torch.rand(data.mask.shape, generator=generator).masked_fill(~data.mask, 2.).argsort(1).argsort(1)
     return rank < (share*data.mask.sum(1, keepdim=True)).ceil()
 
-# %% ../nbs/09_hvae.ipynb #4ca6008b
+# %% ../nbs/09_hvae.ipynb #2205a63a
 def adapted_weights(adapter:Adapter, W0:Tensor, # (P,) where all tasks start
                     data:TaskData,
                     splits:int,                 # K, networks of each task
                     steps:int, lr:float,        # of gradient descent
                     generator:torch.Generator,
-                    decode=lambda W: W,         # to weights, where a latent is adapted: then W0 is (Z,), and so is what comes out
+                    decode=None,                # to weights, where a latent is adapted: then W0 is (Z,), and so is what comes out
                     progress=lambda splits: splits)->Tensor: # (T,K,P)
     "The data set of Algorithm 8: the weights of each task, adapted from W0 on several random parts of its images"
     adapted = lambda: adapt_all(adapter, W0, data, random_parts(data, generator), steps, lr, decode)
     return torch.stack([adapted() for _ in progress(range(splits))], 1)
 
-# %% ../nbs/09_hvae.ipynb #8650cce8
+# %% ../nbs/09_hvae.ipynb #72c8901d
 def mlp(*sizes, generator:torch.Generator=None)->nn.Sequential:
     "Linear layers with ReLU between them, in Kaiming initialisation"
     layers = []
@@ -41,19 +41,19 @@ def mlp(*sizes, generator:torch.Generator=None)->nn.Sequential:
         nn.init.normal_(layers[-2].weight, std=(2/a)**.5, generator=generator); nn.init.zeros_(layers[-2].bias)
     return nn.Sequential(*layers[:-1])
 
-# %% ../nbs/09_hvae.ipynb #1938b4ac
+# %% ../nbs/09_hvae.ipynb #c7453f7f
 def draw(mu:Tensor, log_var:Tensor, # (...,Z)
          generator:torch.Generator)->Tensor: # (...,Z)
     "A sample of N(μ, σ²) through which gradients flow"
     noise = torch.randn(mu.shape, generator=generator).to(mu.device)
     return mu + (log_var/2).exp()*noise
 
-# %% ../nbs/09_hvae.ipynb #b72c2e9a
+# %% ../nbs/09_hvae.ipynb #25bbb147
 def kl_divergence(mu:Tensor, log_var:Tensor)->Tensor: # (...,Z) -> (...,)
     "How far N(μ, σ²) is from N(0, 1), in nats"
     return .5*(mu**2 + log_var.exp() - 1 - log_var).sum(-1)
 
-# %% ../nbs/09_hvae.ipynb #441e65e0
+# %% ../nbs/09_hvae.ipynb #a0b666b6
 class HVAE(nn.Module):
     "A variational autoencoder of weights: the encoder d(W,ω), and a hypernetwork h(z,θ) as decoder"
     def __init__(self, n_weights:int,         # P
@@ -80,7 +80,7 @@ class HVAE(nn.Module):
         "Write weights"
         return self.mean + self.scale*self.decoder(z)
 
-# %% ../nbs/09_hvae.ipynb #a66e8698
+# %% ../nbs/09_hvae.ipynb #19a3b0a6
 def train_hvae(adapter:Adapter, weights:Tensor, # (T,K,P) adapted weights
                data:TaskData,                   # the tasks they are adapted to
                steps:int=800, batch:int=64, lr:float=1e-3,
@@ -91,7 +91,7 @@ def train_hvae(adapter:Adapter, weights:Tensor, # (T,K,P) adapted weights
     "Algorithm 8: reconstruct adapted weights, and let the network that comes out still do the task"
     hvae, history = HVAE(adapter.n_weights, latent, hidden, generator).to(weights.device), []
     hvae.measure(weights)
-    opt = torch.optim.Adam(hvae.parameters(), lr=lr)
+    opt = torch.optim.Adam(hvae.parameters(), lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.05)
     for _ in progress(range(steps)):
         rows = torch.randint(len(data), (batch,), generator=generator)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['HyperCLIP', 'contrastive_loss', 'train_hyperclip', 'infer_task', 'found_at']
 
-# %% ../nbs/10_hyperclip.ipynb #714a683f
+# %% ../nbs/10_hyperclip.ipynb #531d1902
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 
-# %% ../nbs/10_hyperclip.ipynb #68b38f55
+# %% ../nbs/10_hyperclip.ipynb #b134295b
 class HyperCLIP(nn.Module):
     "CLIP_H: from the weights of a network to the embedding of its question; one hidden layer of tanh (A.2)"
     def __init__(self, n_weights:int, width:int, # P; D, of the task embedding
@@ -23,14 +23,14 @@ class HyperCLIP(nn.Module):
     def forward(self, W:Tensor)->Tensor: # (...,P) -> (...,D), of norm 1
         return F.normalize(self.net((W - self.mean)/self.scale), dim=-1)
 
-# %% ../nbs/10_hyperclip.ipynb #f9f5358a
+# %% ../nbs/10_hyperclip.ipynb #5a14a700
 def contrastive_loss(H:Tensor, E:Tensor, # (N,D) embeddings of weights and of questions, both of norm 1
                      scale:float=30.)->Tensor: # cosines are multiplied by this before the softmax
     "Algorithm 1: each network must find its question among N, and each question its network"
     logits, right = scale*H@E.T, torch.arange(len(H), device=H.device)
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right))/2
 
-# %% ../nbs/10_hyperclip.ipynb #1dafc802
+# %% ../nbs/10_hyperclip.ipynb #5398ba9f
 def train_hyperclip(weights:Tensor, # (T,K,P) adapted weights
                     e:Tensor,       # (T,D) task embeddings
                     rows=None,      # tasks whose descriptor is known; all where None
@@ -41,7 +41,7 @@ def train_hyperclip(weights:Tensor, # (T,K,P) adapted weights
     net, history = HyperCLIP(weights.shape[-1], e.shape[1], hidden, generator).to(weights.device), []
     net.mean.copy_(weights.mean((0, 1))); net.scale.copy_((weights - net.mean).std())
     rows = torch.arange(len(e)) if rows is None else torch.as_tensor(rows)
-    opt = torch.optim.Adam(net.parameters(), lr=lr)
+    opt = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
     E = F.normalize(e, dim=-1)
     for _ in progress(range(steps)):
         some = rows[torch.randperm(len(rows), generator=generator)[:batch]]
@@ -54,7 +54,7 @@ def train_hyperclip(weights:Tensor, # (T,K,P) adapted weights
         history.append(loss.item())
     return net.eval().requires_grad_(False), history
 
-# %% ../nbs/10_hyperclip.ipynb #e0a54cca
+# %% ../nbs/10_hyperclip.ipynb #2ca0e675
 def infer_task(net:HyperCLIP, W:Tensor, e:Tensor)->Tensor: # (T,P), (C,D) -> (T,C)
     "Cosine of each network with each candidate question (Fig. 3 B, C)"
     return net(W)@F.normalize(e, dim=-1).T

@@ -6,7 +6,7 @@
 __all__ = ['train_regression', 'time_embedding', 'Block', 'NoiseNet', 'HyperLDM', 'imitation_loss', 'train_hyperldm',
            'save_hyperldm', 'load_hyperldm', 'also_holds']
 
-# %% ../nbs/14_hyperldm.ipynb #4cc8d818
+# %% ../nbs/14_hyperldm.ipynb #b3c840cd
 import copy, functools, json, math, torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -18,7 +18,7 @@ from .hvae import HVAE, draw, mlp
 from .ddpm import diffusion_loss, linear_schedule, sample_ddim
 from .cfg import classifier_free, classifier_guided
 
-# %% ../nbs/14_hyperldm.ipynb #09d9e6e0
+# %% ../nbs/14_hyperldm.ipynb #8b65967c
 def train_regression(mu:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights; (T,D) task embeddings
                      rows=None,           # tasks whose descriptor is known; all where None
                      steps:int=400, batch:int=128, lr:float=1e-3, hidden:tuple=(256, 256),
@@ -26,7 +26,7 @@ def train_regression(mu:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights; 
     "What a diffusion has to beat: the one latent that is best in the mean square, given the question"
     known = torch.arange(len(e)) if rows is None else torch.as_tensor(rows)
     net, history = mlp(e.shape[1], *hidden, mu.shape[-1], generator=generator).to(e.device), []
-    opt = torch.optim.AdamW(net.parameters(), lr=lr)
+    opt = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.05)
     for _ in progress(range(steps)):
         some = known[torch.randint(len(known), (batch,), generator=generator)]
@@ -37,7 +37,7 @@ def train_regression(mu:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights; 
         history.append(loss.item())
     return net.eval().requires_grad_(False), history
 
-# %% ../nbs/14_hyperldm.ipynb #1abf4256
+# %% ../nbs/14_hyperldm.ipynb #dac6484d
 def time_embedding(t:Tensor, # (B,) steps
                    width:int=150)->Tensor: # (B,width)
     "Sines and cosines of the step at `width/2` frequencies, falling from 1 to about 1/10,000"
@@ -45,7 +45,7 @@ def time_embedding(t:Tensor, # (B,) steps
     angle = t[:, None]*frequency
     return torch.cat([angle.sin(), angle.cos()], 1)
 
-# %% ../nbs/14_hyperldm.ipynb #24441762
+# %% ../nbs/14_hyperldm.ipynb #9005430a
 class Block(nn.Module):
     "A hidden layer that is told the condition, weighs its own channels (squeeze and excitation), and adds to what came in"
     def __init__(self, n_in:int, n_out:int, n_cond:int):
@@ -58,7 +58,7 @@ class Block(nn.Module):
         change = self.main(torch.cat([h, cond], 1))
         return self.shortcut(h) + self.gate(change)*change
 
-# %% ../nbs/14_hyperldm.ipynb #dd2ec2e0
+# %% ../nbs/14_hyperldm.ipynb #743e1694
 class NoiseNet(nn.Module):
     "ε(z,t,e): residual blocks, with the step and the task embedding at the input and at every hidden layer (appendix A.2)"
     def __init__(self, latent:int,                 # Z
@@ -80,7 +80,7 @@ class NoiseNet(nn.Module):
         for block in self.blocks: z = block(z, cond)
         return self.out(torch.cat([z, cond], 1))
 
-# %% ../nbs/14_hyperldm.ipynb #f7beb3ef
+# %% ../nbs/14_hyperldm.ipynb #135f051f
 class HyperLDM(nn.Module):
     "A latent diffusion model of weights: a noise network, and the scale of the latents it was trained on"
     def __init__(self, latent:int, width:int,      # Z; D, of the task embedding
@@ -108,7 +108,7 @@ class HyperLDM(nn.Module):
         z = torch.randn(len(e), len(self.mean), generator=generator).to(e.device)
         return self.denoise(z, e, gamma, steps, log_p, eta)
 
-# %% ../nbs/14_hyperldm.ipynb #7cb38066
+# %% ../nbs/14_hyperldm.ipynb #24220208
 def imitation_loss(net, ldm:HyperLDM, # the noise network that learns; its scale, schedule and kind
                    mu:Tensor, log_var:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights, as mean and log-variance; (T,D) task embeddings
                    known:Tensor,      # tasks whose descriptor may be told
@@ -120,7 +120,7 @@ def imitation_loss(net, ldm:HyperLDM, # the noise network that learns; its scale
     z = (draw(mu[some, k], log_var[some, k], generator) - ldm.mean)/ldm.std
     return diffusion_loss(net, z, ldm.schedule, ldm.kind, generator, e[some]*told[:, None].to(e.device))
 
-# %% ../nbs/14_hyperldm.ipynb #fab18338
+# %% ../nbs/14_hyperldm.ipynb #0abef615
 def train_hyperldm(mu:Tensor, log_var:Tensor, # (T,K,Z) latents of adapted weights, as mean and log-variance
                    e:Tensor,                  # (T,D) task embeddings
                    rows=None,                 # tasks whose descriptor is known; all where None
@@ -133,7 +133,7 @@ def train_hyperldm(mu:Tensor, log_var:Tensor, # (T,K,Z) latents of adapted weigh
     ldm = HyperLDM(mu.shape[-1], e.shape[1], hidden, kind, generator).to(e.device)
     ldm.mean.copy_(mu.mean((0, 1))); ldm.std.copy_((mu.var((0, 1)) + log_var.exp().mean((0, 1))).sqrt())
     net, average, history = copy.deepcopy(ldm.net), ldm.net.requires_grad_(False), []
-    opt = torch.optim.AdamW(net.parameters(), lr=lr)
+    opt = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.05)
     for i in progress(range(steps)):
         loss = imitation_loss(net, ldm, mu, log_var, e, known, batch, drop, generator)
@@ -145,7 +145,7 @@ def train_hyperldm(mu:Tensor, log_var:Tensor, # (T,K,Z) latents of adapted weigh
         history.append(loss.item())
     return ldm.eval(), history
 
-# %% ../nbs/14_hyperldm.ipynb #0727906d
+# %% ../nbs/14_hyperldm.ipynb #98377eac
 def save_hyperldm(path, adapter:Adapter, hvae:HVAE, ldm:HyperLDM,
                   clip:str,  # fingerprint of the CLIP that makes task embeddings
                   also:dict={}, # other modules that belong to it, by name

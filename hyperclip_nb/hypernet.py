@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['HyperNet']
 
-# %% ../nbs/06_hypernet.ipynb #bf75ed8e
+# %% ../nbs/06_hypernet.ipynb #ad795b3b
 import torch
 from torch import nn
 
-# %% ../nbs/06_hypernet.ipynb #762a9a21
+# %% ../nbs/06_hypernet.ipynb #c66b22cd
 class HyperNet(nn.Sequential):
     "h(z,θ) = W (section 2.3): one hidden layer and a ReLU; its first weights W are about standard normal if z is"
     def __init__(self, n_in:int, # entries of z: Z for a latent, D for a task embedding

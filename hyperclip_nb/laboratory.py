@@ -6,7 +6,7 @@
 __all__ = ['KNOBS', 'THIRDS', 'STANDARD', 'TEAMS', 'guided', 'draw_weights', 'benches', 'laboratory', 'best_settings',
            'laboratory_figure', 'ensemble']
 
-# %% ../nbs/21_laboratory.ipynb #0dedcfb0
+# %% ../nbs/21_laboratory.ipynb #51349bcd
 from types import SimpleNamespace
 import pandas as pd, seaborn as sns, torch
 import matplotlib.pyplot as plt
@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from .adapt import evaluate
 from .cfg import autoguided, classifier_free, classifier_guided, on_interval
-from .ddpm import sample_ddim, sample_ddpm
+from .ddpm import sample_ddim, sample_ddpm, sample_dpm
 from .experiments import Lab, Models, generator
 from .guidance import fit_to_question
 from .audits import write
 
-# %% ../nbs/21_laboratory.ipynb #7308f48f
+# %% ../nbs/21_laboratory.ipynb #c0c63166
 KNOBS = ['bench', 'guide', 'gamma', 'eta', 'sampler', 'steps', 'samples', 'mean']
 THIRDS = dict(noisy=(233, 350), middle=(117, 233), clean=(0, 117))
 STANDARD = dict(guide='classifier-free', gamma=2., eta=0., sampler='ddim', steps=6, samples=8, mean='weights')
@@ -38,20 +38,20 @@ def guided(m:Models, e:Tensor, # (B,D) whitened task embeddings
         return classifier_guided(plain, log_p, eta, ldm.schedule, ldm.kind)
     return plain
 
-# %% ../nbs/21_laboratory.ipynb #9d0774e2
+# %% ../nbs/21_laboratory.ipynb #054b24c3
 @torch.no_grad()
 def draw_weights(m:Models, e:Tensor, **knobs)->Tensor: # (T,D) -> (T,P), or (T,K,P) for the mean of probabilities; those of `STANDARD` that are turned
     "Networks for questions, with every knob of the laboratory"
     k, ldm, hvae, g = SimpleNamespace(**STANDARD | knobs), m.tuned.ldm, m.tuned.hvae, generator(m.seed, 'sampling')
     direct, e = m.tuned.direct(e), repeat(e, 't d -> (t k) d', k=k.samples)
     z, model = torch.randn(len(e), len(ldm.mean), generator=g).to(e.device), guided(m, e, k.guide, k.gamma, k.eta)
-    z = sample_ddim(model, z, ldm.schedule, ldm.kind, k.steps) if k.sampler == 'ddim' else sample_ddpm(model, z, ldm.schedule, ldm.kind, g)
+    z = sample_ddpm(model, z, ldm.schedule, ldm.kind, g) if k.sampler == 'ddpm' else dict(ddim=sample_ddim, dpm=sample_dpm)[k.sampler](model, z, ldm.schedule, ldm.kind, k.steps)
     z = rearrange(ldm.mean + ldm.std*z, '(t k) z -> t k z', k=k.samples)
     if k.mean == 'latents': return hvae.decode(z.mean(1)) + direct
     W = hvae.decode(z) + direct[:, None]
     return W if k.mean == 'probabilities' else W.mean(1)
 
-# %% ../nbs/21_laboratory.ipynb #364dd90a
+# %% ../nbs/21_laboratory.ipynb #ce47c263
 def benches()->list: # of dicts: the knobs that differ from the standard
     "Everything that the laboratory tries"
     gammas = (0., .5, 1., 1.5, 2., 3., 4., 6.)
@@ -59,7 +59,7 @@ def benches()->list: # of dicts: the knobs that differ from the standard
             + [dict(bench='guide', guide=third, gamma=g) for third in THIRDS for g in gammas[3:]]
             + [dict(bench='guide', guide='autoguided', gamma=g) for g in gammas[2:]]
             + [dict(bench='HyperCLIP', guide='HyperCLIP', gamma=g, eta=eta) for g in (0., 1., 2.) for eta in (0., .3, 1., 3.)]
-            + [dict(bench='sampler', sampler='ddim', steps=n) for n in (1, 2, 3, 4, 6, 12, 25, 50)] + [dict(bench='sampler', sampler='ddpm', steps=350)]
+            + [dict(bench='sampler', sampler=sampler, steps=n) for sampler in ('ddim', 'dpm') for n in (1, 2, 3, 4, 6, 12, 25, 50)] + [dict(bench='sampler', sampler='ddpm', steps=350)]
             + [dict(bench='samples', samples=k, mean=mean) for k in (1, 4, 8, 32) for mean in ('latents', 'weights', 'probabilities')])
 
 def laboratory(lab:Lab, seeds=(0,), tried:list=None)->pd.DataFrame:
@@ -72,7 +72,7 @@ def laboratory(lab:Lab, seeds=(0,), tried:list=None)->pd.DataFrame:
             rows.append(dict(bench=b['bench'], seed=seed, **knobs, accuracy=evaluate(lab.adapter, draw_weights(m, data.e, **knobs), data).mean()))
     return pd.DataFrame(rows)
 
-# %% ../nbs/21_laboratory.ipynb #e6d4a753
+# %% ../nbs/21_laboratory.ipynb #8c82a851
 def best_settings(found:pd.DataFrame, n:int=3)->pd.DataFrame:
     "The `n` best settings of each bench: mean accuracy and s.d. over seeds"
     turned = dict(guide=['guide', 'gamma'], HyperCLIP=['gamma', 'eta'], sampler=['sampler', 'steps'], samples=['samples', 'mean'])
@@ -80,7 +80,7 @@ def best_settings(found:pd.DataFrame, n:int=3)->pd.DataFrame:
     best['setting'] = [', '.join(f'{k} {getattr(r, k)}' for k in turned[r.bench]) for r in best.itertuples()]
     return best.groupby('bench', sort=False).head(n).sort_values(['bench', 'accuracy'], ascending=[True, False])[['bench', 'setting', 'accuracy', 'sd']]
 
-# %% ../nbs/21_laboratory.ipynb #6085d26c
+# %% ../nbs/21_laboratory.ipynb #cc7bd1f7
 def laboratory_figure(found:pd.DataFrame)->Figure:
     "A panel for each bench, means over seeds with their s.d."
     panels = dict(guide=('gamma', 'guide', 'guidance scale γ', 'who guides, and when'), HyperCLIP=('eta', 'gamma', 'weight η of HyperCLIP', "a classifier's guidance"),
@@ -95,7 +95,7 @@ def laboratory_figure(found:pd.DataFrame)->Figure:
     sns.despine(fig); fig.tight_layout()
     return fig
 
-# %% ../nbs/21_laboratory.ipynb #3ddde2e2
+# %% ../nbs/21_laboratory.ipynb #6b82a0b6
 TEAMS = {'strong': ('cond-multitask-strong',), 'plain': ('hvae-hyperldm',), 'tuned': ('hvae-hyperldm-tuned',), 'strong and tuned': ('cond-multitask-strong', 'hvae-hyperldm-tuned')}
 
 def ensemble(lab:Lab, seeds=(0,))->pd.DataFrame: # a row for each team and test task

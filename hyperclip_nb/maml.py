@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split_batch', 'inner_loop', 'HNet', 'maml_loss', 'train_mnet_maml', 'train_hnet_maml', 'train_cond_hnet_maml']
 
-# %% ../nbs/08_maml.ipynb #651bf89b
+# %% ../nbs/08_maml.ipynb #d7897a75
 import torch
 from torch import nn, Tensor
 from .adapt import task_losses
@@ -14,7 +14,7 @@ from .hypernet import HyperNet
 from .multitask import fit
 from .tasks import TaskBatch, TaskData, sample_pairs
 
-# %% ../nbs/08_maml.ipynb #34796609
+# %% ../nbs/08_maml.ipynb #1156cd3d
 def split_batch(batch:TaskBatch, generator:torch.Generator,
                 share:float=2/3): # of a task's images that go to the support set
     "Support and query batches: the images of each task, two at least, divided at random so that neither is empty"
@@ -29,7 +29,7 @@ def split_batch(batch:TaskBatch, generator:torch.Generator,
         return TaskBatch(images, batch.labels.gather(1, at)*mask, mask, batch.answers, batch.answer_mask, batch.e)
     return pick(torch.zeros_like(ends), ends), pick(ends, n)
 
-# %% ../nbs/08_maml.ipynb #300650df
+# %% ../nbs/08_maml.ipynb #f684dbe1
 def inner_loop(adapter:Adapter, decode,          # from what is adapted (T,V) to weights (T,P)
                v:Tensor, batch:TaskBatch,        # (T,V) where each task starts; its support images
                steps:Tensor,                     # (T,) how many steps each task makes, in falling order
@@ -44,7 +44,7 @@ def inner_loop(adapter:Adapter, decode,          # from what is adapted (T,V) to
         v = v - lr*grad
     return v
 
-# %% ../nbs/08_maml.ipynb #c9022de8
+# %% ../nbs/08_maml.ipynb #aaab197a
 class HNet(nn.Module):
     "An unconditional hypernetwork, and the embedding z⁰ from which tasks are adapted"
     def __init__(self, n_weights:int,               # P
@@ -58,7 +58,7 @@ class HNet(nn.Module):
         "Write weights"
         return self.h(z)
 
-# %% ../nbs/08_maml.ipynb #ad09e62b
+# %% ../nbs/08_maml.ipynb #8a76ff1c
 def maml_loss(adapter:Adapter, decode, start,    # `start` gives (T,V) from task embeddings (T,D)
               batch:TaskBatch, lr:float, most:int, # of the inner loop: its rate, and its steps, 0 to `most`
               generator:torch.Generator, second_order:bool=True)->Tensor: # a scalar
@@ -68,7 +68,7 @@ def maml_loss(adapter:Adapter, decode, start,    # `start` gives (T,V) from task
     v = inner_loop(adapter, decode, start(batch.e), support, steps, lr, second_order)
     return task_losses(adapter, decode(v), query).mean()
 
-# %% ../nbs/08_maml.ipynb #413bd0f4
+# %% ../nbs/08_maml.ipynb #6ec8b5de
 def _train(params, start, decode, adapter, data, valid, epochs, lr, inner_lr, most, generator, second_order=True, **kw):
     loss = lambda batch: maml_loss(adapter, decode, start, batch, inner_lr, most, generator, second_order)
     return fit(params, lambda e: decode(start(e)), adapter, data, valid, epochs, lr, generator, loss=loss, **kw)

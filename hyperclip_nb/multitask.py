@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit', 'train_multitask', 'train_cond_multitask', 'FiLM', 'train_cond_film']
 
-# %% ../nbs/07_multitask.ipynb #116ad6eb
+# %% ../nbs/07_multitask.ipynb #106bb847
 import torch
 from torch import nn, Tensor
 from .adapt import evaluate, task_losses
@@ -13,7 +13,7 @@ from .adapter import Adapter
 from .hypernet import HyperNet
 from .tasks import TaskData, sample_pairs
 
-# %% ../nbs/07_multitask.ipynb #03d1950f
+# %% ../nbs/07_multitask.ipynb #b5941775
 def fit(params,   # tensors to learn
         weights,  # function of task embeddings (T,D) that gives weights (P,) or (T,P)
         adapter:Adapter, data:TaskData, valid:TaskData, epochs:int, lr:float, generator:torch.Generator=None,
@@ -57,7 +57,7 @@ def fit(params,   # tensors to learn
     put(kept)
     return history
 
-# %% ../nbs/07_multitask.ipynb #40464e3a
+# %% ../nbs/07_multitask.ipynb #fbe526ee
 def train_multitask(adapter:Adapter, data:TaskData, valid:TaskData, epochs:int=15, lr:float=.05,
                     generator:torch.Generator=None, **kw): # `kw` goes to `fit`
     "Algorithm 2, Uncond. Multitask: the one W (P,) that is best for all tasks together, and its history"
@@ -65,7 +65,7 @@ def train_multitask(adapter:Adapter, data:TaskData, valid:TaskData, epochs:int=1
     history = fit([W], lambda e: W, adapter, data, valid, epochs, lr, generator, **kw)
     return W.detach(), history
 
-# %% ../nbs/07_multitask.ipynb #20f4dd62
+# %% ../nbs/07_multitask.ipynb #914c74ba
 def train_cond_multitask(adapter:Adapter, data:TaskData, valid:TaskData, epochs:int=20, lr:float=1e-3,
                          generator:torch.Generator=None, **kw): # `kw` goes to `fit`; `rows` are the tasks whose descriptor is known
     "Algorithm 5, Cond. Multitask: a hypernetwork from task embeddings to weights, and its history"
@@ -73,7 +73,7 @@ def train_cond_multitask(adapter:Adapter, data:TaskData, valid:TaskData, epochs:
     history = fit(h.parameters(), h, adapter, data, valid, epochs, lr, generator, **kw)
     return h.requires_grad_(False), history
 
-# %% ../nbs/07_multitask.ipynb #78d7439b
+# %% ../nbs/07_multitask.ipynb #96a25a02
 class FiLM(nn.Module):
     "One adapter for all tasks whose hidden layer is scaled and shifted by linear functions of the task embedding"
     def __init__(self, adapter:Adapter, generator=None):

@@ -6,14 +6,14 @@
 __all__ = ['Task', 'split_pairs', 'make_task', 'describe', 'described', 'TaskBatch', 'Features', 'texts_of', 'TaskData',
            'sample_pairs', 'buckets', 'write_whole']
 
-# %% ../nbs/00_tasks.ipynb #93bc88da
+# %% ../nbs/00_tasks.ipynb #168da7f6
 import copy, os
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 
-# %% ../nbs/00_tasks.ipynb #b42dde6f
+# %% ../nbs/00_tasks.ipynb #ae6c8bfa
 @dataclass(frozen=True)
 class Task:
     "One question with labelled images"
@@ -25,11 +25,11 @@ class Task:
     concept:str=''      # what is asked, whatever the wording: paraphrases share it
 
     @property
-    def statements(self): return [self.prompt.format(a) for a in self.answers]
+    def statements(self): return [self.prompt.replace('{}', a) for a in self.answers]
     @property
     def pairs(self): return np.concatenate([self.support, self.query])
 
-# %% ../nbs/00_tasks.ipynb #33358e6b
+# %% ../nbs/00_tasks.ipynb #efa9a325
 def split_pairs(pairs:np.ndarray, # (n, 2): image number, answer number
                 rng:np.random.Generator,
                 share:float=.7):  # the part of each answer's images that becomes support
@@ -42,7 +42,7 @@ def split_pairs(pairs:np.ndarray, # (n, 2): image number, answer number
     is_support = rank < np.round(share*count)[label]
     return pairs[is_support], pairs[~is_support]
 
-# %% ../nbs/00_tasks.ipynb #525a1877
+# %% ../nbs/00_tasks.ipynb #375d57bd
 def make_task(question:str, prompt:str,
               images:np.ndarray,  # (n,) image numbers
               labels:np.ndarray,  # (n,) the right answer of each, a position in `names`
@@ -58,7 +58,7 @@ def make_task(question:str, prompt:str,
     if len(pairs) < smallest or len(kept) < 2: return None
     return Task(question, prompt, tuple(names[i] for i in kept), *split_pairs(pairs, rng), concept)
 
-# %% ../nbs/00_tasks.ipynb #9adad3a4
+# %% ../nbs/00_tasks.ipynb #20290f8e
 def describe(tasks:list)->dict: # of `Task`
     "Counts, mean sizes, and the two baselines that never look at an image, in percent"
     mean = lambda f: float(np.mean([f(t) for t in tasks]))
@@ -69,7 +69,7 @@ def describe(tasks:list)->dict: # of `Task`
                 answers=mean(lambda t: len(t.answers)), chance=mean(lambda t: 100/len(t.answers)),
                 majority=mean(lambda t: 100*np.mean(t.query[:, 1] == usual(t))))
 
-# %% ../nbs/00_tasks.ipynb #6ea8a6b3
+# %% ../nbs/00_tasks.ipynb #59f17771
 def described(n:int,        # number of training tasks
               share:float,  # share of them whose descriptor may be read, above 0 and at most 1
               seed:int)->np.ndarray: # (n,) bool
@@ -78,7 +78,7 @@ def described(n:int,        # number of training tasks
     rank = np.random.default_rng(seed).permutation(n)
     return rank < max(1, round(share*n))
 
-# %% ../nbs/00_tasks.ipynb #1e3820c6
+# %% ../nbs/00_tasks.ipynb #79e66b15
 @dataclass
 class TaskBatch:
     "Padded tasks: what every method computes with"
@@ -91,7 +91,7 @@ class TaskBatch:
 
     def __len__(self): return len(self.labels)
 
-# %% ../nbs/00_tasks.ipynb #4ad8c2bb
+# %% ../nbs/00_tasks.ipynb #bced860a
 @dataclass
 class Features:
     "CLIP features of all images and texts of a set of tasks"
@@ -104,12 +104,12 @@ class Features:
         if not hasattr(self, '_row'): self._row = {s: i for i, s in enumerate(self.texts)}
         return torch.tensor([self._row[s] for s in strings])
 
-# %% ../nbs/00_tasks.ipynb #c8849320
+# %% ../nbs/00_tasks.ipynb #9b9f673c
 def texts_of(tasks:list)->list:
     "Every string CLIP must encode for these tasks: questions and filled-in statements, each once"
     return sorted({s for t in tasks for s in (t.question, *t.statements)})
 
-# %% ../nbs/00_tasks.ipynb #186436ed
+# %% ../nbs/00_tasks.ipynb #127acf1d
 def _padded(lengths, *flat):
     "Ragged rows as padded tensors (T, longest), and their mask; `flat` hold the rows end to end"
     lengths = np.asarray(lengths); row = np.repeat(np.arange(len(lengths)), lengths)
@@ -119,7 +119,7 @@ def _padded(lengths, *flat):
     for o, f in zip(out, flat): o[row, col] = torch.as_tensor(np.asarray(f), dtype=torch.long)
     return *out, mask
 
-# %% ../nbs/00_tasks.ipynb #f2becbb5
+# %% ../nbs/00_tasks.ipynb #57e9f1b1
 class TaskData:
     "Tasks with their features, ready to be cut into batches"
     def __init__(self, tasks:list, # of `Task`
@@ -165,7 +165,7 @@ class TaskData:
         return TaskBatch(self.image[to(pick(self.index))], to(pick(self.label)), to(mask.gather(1, order)),
                          self.text[to(self.answer[rows, :width])], to(answers[:, :width]), self.e[to(rows)])
 
-# %% ../nbs/00_tasks.ipynb #04a24edf
+# %% ../nbs/00_tasks.ipynb #ebed0a83
 def sample_pairs(data:TaskData, rows, n:int,  # task numbers; images a task, small tasks give all they have
                  generator:torch.Generator)->TaskBatch:
     "A batch of at most `n` random pairs of each task, support or query, drawn without replacement"
@@ -175,7 +175,7 @@ def sample_pairs(data:TaskData, rows, n:int,  # task numbers; images a task, sma
     mask = torch.zeros_like(data.mask).index_put((rows[:, None], chosen), allowed.gather(1, chosen))
     return data.batch(rows, mask=mask)
 
-# %% ../nbs/00_tasks.ipynb #69196bec
+# %% ../nbs/00_tasks.ipynb #5a57c03d
 def buckets(sizes,            # examples in each task
             waste:float=.15,  # share of a bucket that may be padding
             most:int=128)->list: # tasks in a bucket at most
@@ -188,7 +188,7 @@ def buckets(sizes,            # examples in each task
             out.append(order[start:end]); start = end
     return out
 
-# %% ../nbs/00_tasks.ipynb #1a0f1f01
+# %% ../nbs/00_tasks.ipynb #04ca6157
 def write_whole(path, data:bytes|str):
     "Write a file so that it is never seen half-written: to a temporary name, then rename"
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)

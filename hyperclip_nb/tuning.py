@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TunedLDM', 'tune', 'save_tuned', 'load_tuned', 'load_writer']
 
-# %% ../nbs/17_tuning.ipynb #00b6c9c3
+# %% ../nbs/17_tuning.ipynb #c7e27cf5
 import copy, torch
 from einops import reduce, repeat
 from torch import nn, Tensor
@@ -18,7 +18,7 @@ from .multitask import fit
 from .tasks import TaskData
 from .whitening import Whitening
 
-# %% ../nbs/17_tuning.ipynb #bda49e1d
+# %% ../nbs/17_tuning.ipynb #f251bcd2
 class TunedLDM(nn.Module):
     "HVAE, HyperLDM, and a direct way from the question to weights: W = h(z) + g(e)"
     def __init__(self, hvae:HVAE, ldm:HyperLDM,
@@ -29,9 +29,9 @@ class TunedLDM(nn.Module):
         self.direct = StrongNet(hvae.mean, ldm.net.width, hidden, generator).h
         self.register_buffer('gamma', torch.tensor(gamma))
 
-    def write(self, z:Tensor, e:Tensor, gamma:float, steps:int=6, recompute:bool=False)->Tensor: # (B,Z) noise, (B,D) -> (B,P)
+    def write(self, z:Tensor, e:Tensor, gamma:float, steps:int=6)->Tensor: # (B,Z) noise, (B,D) -> (B,P)
         "Weights for questions, from noise; gradients flow"
-        return self.hvae.decode(self.ldm.denoise(z, e, gamma, steps, recompute=recompute)) + self.direct(e)
+        return self.hvae.decode(self.ldm.denoise(z, e, gamma, steps)) + self.direct(e)
 
     @torch.no_grad()
     def sample(self, e:Tensor, generator:torch.Generator, samples:int=1, gamma:float=None, steps:int=6)->Tensor: # (T,D) -> (T,P)
@@ -44,7 +44,7 @@ class TunedLDM(nn.Module):
         "What validation tasks are given: the mean of four samples, from the same noise each time"
         return self.sample(e, torch.Generator().manual_seed(0), samples=4)
 
-# %% ../nbs/17_tuning.ipynb #c47b78e1
+# %% ../nbs/17_tuning.ipynb #e26f7f10
 def tune(adapter:Adapter, hvae:HVAE, ldm:HyperLDM,
          mu:Tensor, log_var:Tensor,            # (T,K,Z) latents of adapted weights
          data:TaskData, valid:TaskData,
@@ -71,7 +71,7 @@ def tune(adapter:Adapter, hvae:HVAE, ldm:HyperLDM,
         history = fit([p for p in model.parameters() if p.requires_grad], model, adapter, data, valid, epochs, lr, generator, known, loss, .99, DECAY, progress=progress)
     return model.eval().requires_grad_(False), history
 
-# %% ../nbs/17_tuning.ipynb #1f736093
+# %% ../nbs/17_tuning.ipynb #f3a259df
 def save_tuned(path, adapter:Adapter, model:TunedLDM, whitening:Whitening,
                clip:str,  # fingerprint of the CLIP that makes task embeddings
                **facts):  # what else should be known about it

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Whitening', 'fit_whitening']
 
-# %% ../nbs/15_whitening.ipynb #7c56d7f6
+# %% ../nbs/15_whitening.ipynb #2d97d36b
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 
-# %% ../nbs/15_whitening.ipynb #67f02eb3
+# %% ../nbs/15_whitening.ipynb #1c29f928
 class Whitening(nn.Module):
     "Task embeddings with their quiet directions turned up, all of one length"
     def __init__(self, width:int, length:float=8.): # D; of what comes out

@@ -2,7 +2,7 @@
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from hyperclip_nb.ddpm import (Schedule, add_noise, diffusion_loss, linear_schedule, posterior, sample_ddim, sample_ddpm,
-                               split_prediction, timesteps, v_target)
+                               sample_dpm, split_prediction, timesteps, v_target)
 
 KINDS = {'eps': 'epsilon', 'v': 'v_prediction'}
 exact = linear_schedule(dtype=torch.float64)
@@ -13,7 +13,7 @@ def seed(n): return torch.Generator().manual_seed(n)
 
 def scheduler(cls, kind, schedule=exact, double=True, **kwargs):
     "A scheduler of diffusers with our betas, in double precision if asked (its own are rounded to 32 bits)"
-    s = cls(len(schedule), trained_betas=schedule.beta.tolist(), prediction_type=KINDS[kind], clip_sample=False,
+    s = cls(len(schedule), trained_betas=schedule.beta.tolist(), prediction_type=KINDS[kind],
             timestep_spacing='trailing', **kwargs)
     if double:
         s.betas = torch.tensor(schedule.beta.tolist(), dtype=torch.float64)
@@ -24,12 +24,12 @@ def scheduler(cls, kind, schedule=exact, double=True, **kwargs):
 
 def ddpm(kind, **kwargs):
     from diffusers import DDPMScheduler
-    return scheduler(DDPMScheduler, kind, variance_type='fixed_small', **kwargs)
+    return scheduler(DDPMScheduler, kind, variance_type='fixed_small', clip_sample=False, **kwargs)
 
 
 def ddim(kind, **kwargs):
     from diffusers import DDIMScheduler
-    s = scheduler(DDIMScheduler, kind, set_alpha_to_one=True, **kwargs)
+    s = scheduler(DDIMScheduler, kind, set_alpha_to_one=True, clip_sample=False, **kwargs)
     s.final_alpha_cumprod = torch.tensor(1., dtype=s.alphas_cumprod.dtype)
     return s
 
@@ -124,6 +124,29 @@ def test_ddim_loop_matches_diffusers(kind, steps):
         x = theirs.step(model(x, t.expand(16)), int(t), x).prev_sample
     assert len(ours.x) == steps
     torch.testing.assert_close(end, x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('steps', [2, 3, 7, 14, 25, 50])
+def test_dpm_loop_matches_diffusers(kind, steps):
+    from diffusers import DPMSolverMultistepScheduler
+    theirs = scheduler(DPMSolverMultistepScheduler, kind, double=False, algorithm_type='dpmsolver++', solver_order=2, solver_type='midpoint', final_sigmas_type='zero')
+    theirs.set_timesteps(steps)
+    model, start = network(), torch.randn(16, 3, generator=seed(4), dtype=torch.float64)
+    ours = Seen(model); end = sample_dpm(ours, start, exact, kind, steps)
+    x = start
+    for i, t in enumerate(theirs.timesteps):
+        assert (ours.t[i] == t).all()
+        torch.testing.assert_close(ours.x[i], x, rtol=2e-3, atol=2e-3)               # their schedule is rounded to 32 bits
+        x = theirs.step(model(x, t.expand(16)), t, x).prev_sample
+    torch.testing.assert_close(end, x, rtol=2e-3, atol=2e-3)
+
+
+def test_dpm_of_a_guess_that_stays_is_exact():
+    x0, start = torch.randn(16, 3, generator=seed(5), dtype=torch.float64), torch.randn(16, 3, generator=seed(6), dtype=torch.float64)
+    model = lambda x, t: (x - exact.signal[t][:, None]*x0)/exact.noise[t][:, None]   # it always sees the same data
+    for sampler in (sample_dpm, sample_ddim):
+        for steps in (1, 2, 9): torch.testing.assert_close(sampler(model, start, exact, 'eps', steps), x0)
 
 
 @pytest.mark.parametrize('steps', [1, 3, 7, 25, 50, 99, 100, 349, 350])

@@ -3,7 +3,7 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from hyperclip_nb import experiments
-from hyperclip_nb.experiments import METHODS, PAPER, Models, PRESETS, altered, bootstrap, few_images, read_results, reproduce, rows_wanted, summary, table1, table4
+from hyperclip_nb.experiments import ABLATION, METHODS, PAPER, Models, PRESETS, altered, bootstrap, few_images, read_results, reproduce, rows_wanted, summary, table1, table4
 
 TINY = altered('smoke', multitask=dict(epochs=1), cond_multitask=dict(epochs=1), cond_strong=dict(epochs=1), tuned=dict(epochs=1), world=dict(tasks=(30, 10, 12), scenes=(1000, 400, 500)),
                weights=dict(steps=3), hvae=dict(steps=30), hyperldm=dict(steps=30), regression=dict(steps=30), few_shot=dict(steps=2))
@@ -78,7 +78,7 @@ def test_every_row_of_the_paper_has_a_method():
     assert {slug for slug, _ in PAPER} <= set(METHODS)
     slugs = {'clip', 'multitask', 'mnet-maml', 'mnet-fomaml', 'hnet-maml', 'cond-multitask', 'cond-film', 'cond-hnet-maml', 'hnet-hyperclip', 'hvae-hyperclip', 'hnet-hyperldm', 'hvae-hyperldm'}
     assert {slug for slug, _ in PAPER} == slugs
-    for slug in slugs: assert len(rows_wanted(slug, 0, 1., (1.,), SMOKE)) >= 2    # zero-shot and few-shot
+    for slug in slugs: assert len(rows_wanted(slug, 0, 1., (1.,), TINY)) >= 2    # zero-shot and few-shot
 
 
 def test_tables(done):
@@ -113,3 +113,30 @@ def test_the_gap_is_to_the_same_share(done):
         assert s.gap['cond-multitask', share, 'zero-shot', -1., 1, 0.] == 0
         regression = ('hvae-regression', share, 'zero-shot', -1., 1, 0.)
         assert s.gap[regression] == pytest.approx(s.test[regression] - s.test['cond-multitask', share, 'zero-shot', -1., 1, 0.], abs=1e-3)
+
+
+BEYOND = dict(methods=('cond-multitask-strong', 'hvae-ridge', 'hvae-hyperldm-white', *ABLATION), seeds=(0,), shares=(.5,), gammas=(2.,))
+
+def test_what_goes_beyond_the_paper_resumes_too(done, tmp_path, monkeypatch):
+    (tmp_path/'features.safetensors').write_bytes((done[1]/'features.safetensors').read_bytes())
+    first = reproduce(**GRID | BEYOND, out=tmp_path)
+    monkeypatch.setattr(experiments, 'tune', None); monkeypatch.setattr(experiments, 'train_cond_strong', None); monkeypatch.setattr(experiments, 'fit_ridge', None)
+    for file in (tmp_path/'rows').iterdir(): file.unlink()
+    assert reproduce(**GRID | BEYOND, out=tmp_path).rows == first.rows               # models come from the folder, and are the same
+    t1 = table1(first.results).method.tolist()
+    assert 'HVAE + HyperLDM, tuned, γ = 2, mean of 8' in t1 and len(set(t1)) == len(t1)
+    assert not any((tmp_path/'stages').glob('*tuned-100*'))                          # nothing was trained that nobody asked for
+
+
+def test_a_damaged_stage_is_named(done):
+    reproduce(**GRID | dict(seeds=(0,), shares=(1.,), methods=('hvae-hyperldm',)), out=done[1])
+    Models(experiments.Lab.open(done[1]), 0).hvae
+    file = done[1]/'stages'/'seed0-hvae.safetensors'; whole = file.read_bytes()
+    file.write_bytes(whole[:1000])
+    with pytest.raises(ValueError, match='seed0-hvae.safetensors.*remove it'): Models(experiments.Lab.open(done[1]), 0).hvae
+    file.write_bytes(whole)
+
+
+def test_a_folder_without_a_whole_config_is_none(tmp_path):
+    (tmp_path/'config.json').write_text('{}')
+    with pytest.raises(ValueError, match='holds no experiment'): experiments.Lab.open(tmp_path)
