@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from hyperclip_nb.adapt import accuracies, adapt, adapt_all, evaluate, task_losses
+from hyperclip_nb.adapt import accuracies, adapt, adapt_all, by_autograd, descend, evaluate, task_losses
 from hyperclip_nb.adapter import Adapter
 from hyperclip_nb.hypernet import HyperNet
 from hyperclip_nb.multitask import fit, train_cond_multitask, train_multitask
@@ -138,3 +138,18 @@ def test_gpu(tasks):
     assert W.device.type == h(there.e).device.type == 'cuda'
     expected = adapt_all(adapter, W.cpu(), tasks, tasks.is_support, steps=5)
     torch.testing.assert_close(adapt_all(adapter, W, there, there.is_support, steps=5).cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(s=st.integers(0, 10_000), N=st.integers(1, 40), D=st.sampled_from([12, 48, 90]), H=st.sampled_from([3, 8]), A=st.integers(2, 7), own=st.booleans())
+def test_descent_by_hand_is_descent_by_autograd(s, N, D, H, A, own):
+    g, double = torch.Generator().manual_seed(s), dict(dtype=torch.float64)
+    images, answers = torch.randn(7, D, generator=g, **double), torch.randn(A, D, generator=g, **double)
+    images[0] = 0                                                                    # pictures repeat, one is empty, and padding shows whatever comes first
+    mask = torch.rand(3, N, generator=g) < .7; mask[:, 0] = True
+    answer_mask = torch.ones(3, A, dtype=torch.bool); answer_mask[1, 2:] = False
+    batch = TaskBatch(images[torch.randint(7, (3, N), generator=g)], torch.randint(2, (3, N), generator=g), mask, answers[torch.randint(A, (3, A), generator=g)], answer_mask, torch.zeros(3, D, **double))
+    adapter = Adapter(D, H, 10.)
+    W = torch.randn(3, adapter.n_weights, generator=g, **double); W = W if own else W[0]
+    moved = by_autograd(adapter, W.expand(3, -1), batch, 6, .05) - W
+    assert (descend(adapter, W, batch, 6, .05) - W - moved).abs().max() <= 1e-8*moved.abs().max()
