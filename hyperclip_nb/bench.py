@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'seconds', 'rates', 'costs', 'plan', 'random_tasks', 'plain_adapt', 'plain_evaluate', 'plain_sample',
            'Stage', 'stages', 'bench']
 
-# %% ../nbs/22_bench.ipynb #e70fcced
+# %% ../nbs/22_bench.ipynb #6b1f9e3e
 import os, re, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from .ddpm import sample_ddpm
 from .hyperldm import HyperLDM, NoiseNet
 from .experiments import PRESETS
 
-# %% ../nbs/22_bench.ipynb #910c6b6d
+# %% ../nbs/22_bench.ipynb #1def5483
 def _wait(device):
     if str(device) == 'cuda': torch.cuda.synchronize()
 
@@ -48,7 +48,7 @@ def rates(device='cpu')->dict: # flops and bytes a second, as measured; memory i
     best = lambda f: min(seconds(f, device) for _ in range(6))
     return dict(flops=2*len(x)**3/best(lambda: x@x), bytes=8*len(long)/best(lambda: other.copy_(long)), memory=free)
 
-# %% ../nbs/22_bench.ipynb #049882f0
+# %% ../nbs/22_bench.ipynb #f25714a6
 def _parameters(make)->int:
     "How many parameters a module would have, without making it"
     with torch.device('meta'): return sum(p.numel() for p in make().parameters())
@@ -77,7 +77,7 @@ def costs(preset:dict,           # as in PRESETS
             'few_shot': ('task step', test*p['few_shot']['steps'], hand(.7*images), 0, P)}
     return pd.DataFrame(rows, ['unit', 'units', 'flops', 'bytes', 'parameters']).T
 
-# %% ../nbs/22_bench.ipynb #1742b2b8
+# %% ../nbs/22_bench.ipynb #034478ba
 def plan(preset:str, width:int,       # a key of PRESETS; D
          machine:dict,                # as rates gives it
          images:int=64_665, tasks:tuple=(783, 373))->pd.DataFrame: # of the data set
@@ -90,7 +90,7 @@ def plan(preset:str, width:int,       # a key of PRESETS; D
     best = np.maximum(c.units*c.flops/machine['flops'], c.units*c.bytes/machine['bytes']).astype(float)
     return pd.DataFrame({'parameters (M)': c.parameters.astype(float)/1e6, 'memory (GiB)': np.array(memory, float)/2**30, 'TFLOP': (c.units*c.flops).astype(float)/1e12, 'minutes at best': best/60}, c.index)
 
-# %% ../nbs/22_bench.ipynb #7db03970
+# %% ../nbs/22_bench.ipynb #8e15bb7b
 def random_tasks(n:int, width:int, device:str='cpu', seed:int=0)->TaskData: # tasks; D
     "Random tasks of Meta-VQA's shape: long-tailed sizes, about nine answers, random features"
     rng = np.random.default_rng(seed); tasks = []
@@ -128,7 +128,7 @@ def plain_sample(ldm:HyperLDM, e:Tensor, gamma:float, generator:torch.Generator)
     def guided(e): return lambda z, t: (1 - gamma)*ldm.net(z, t, 0*e) + gamma*ldm.net(z, t, e)
     with torch.no_grad(): return torch.cat([ldm.mean + ldm.std*sample_ddpm(guided(q[None]), torch.randn(1, len(ldm.mean), generator=generator).to(e.device), ldm.schedule, ldm.kind, generator) for q in e])
 
-# %% ../nbs/22_bench.ipynb #5b0fabd6
+# %% ../nbs/22_bench.ipynb #eac0589d
 @dataclass
 class Stage:
     "A piece of work, and two ways to do it"
@@ -144,7 +144,7 @@ def _training(net, loss, fused):
         now = loss(net); opt.zero_grad(); now.backward(); opt.step()
     return step
 
-# %% ../nbs/22_bench.ipynb #e13c8c96
+# %% ../nbs/22_bench.ipynb #2dec50c4
 STAGES = 'adaptation', 'evaluation', 'maml', 'hvae', 'hyperldm', 'sampling'
 
 def stages(preset:str, width:int, device:str='cpu', tasks:int=32)->dict: # name -> function that makes a `Stage`
@@ -175,7 +175,7 @@ def stages(preset:str, width:int, device:str='cpu', tasks:int=32)->dict: # name 
         return Stage('questions', (tasks, lambda: ldm.sample(data.e, 1.5, g)), (n, lambda: plain_sample(ldm, data.e[:n], 1.5, g)), 25*c.flops['sampling'])
     return dict(adaptation=adaptation, evaluation=evaluation, maml=maml, hvae=hvae, hyperldm=hyperldm, sampling=sampling)
 
-# %% ../nbs/22_bench.ipynb #3c428efc
+# %% ../nbs/22_bench.ipynb #e754cfaf
 def bench(preset:str='default', width:int=96, which=None, repeats:int=5, device:str='cpu', track=lambda steps, what: steps)->dict: # names of stages; all where None
     "Throughput of each stage our way and the plain way, their ratio, and the share of the machine's rate that is reached"
     for name in which or ():

@@ -99,6 +99,7 @@ class Lab:
         if not data:
             self.world = make_world(world_seed, **self.preset['world']); self.tasks = self.world.tasks
             features = encode_world(self.clip, self.world, folder and self.folder/'features.safetensors', progress=lambda steps: track(steps, 'features'))
+        features.image = features.image.to(device)                # once, for all parts
         self.data = {k: TaskData(ts, features, device) for k, ts in self.tasks.items()}
         self.adapter = Adapter(features.image.shape[1], **self.preset['adapter'])
         _mark_unseen(self.data, len(features.image))
