@@ -14,7 +14,7 @@ from typing import Callable
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-from .tasks import Features, Task, TaskData, texts_of
+from .tasks import Features, Task, TaskData, sample_pairs, texts_of
 from .adapter import Adapter
 from .adapt import accuracies, adapt_all, evaluate
 from .maml import maml_loss
@@ -160,7 +160,7 @@ def stages(preset:str, width:int, device:str='cpu', tasks:int=32)->dict: # name 
         W = W0.expand(tasks, -1).contiguous()
         return Stage('tasks', (tasks, lambda: evaluate(f, W, data)), (8, lambda: plain_evaluate(f, W, few)), c.flops['multitask']/3*data.size['query'].mean()/64)
     def maml():
-        W = W0.clone().requires_grad_(); run = lambda rows: maml_loss(f, lambda W: W, lambda e: W.expand(len(e), -1), data.batch(rows, 'all'), .01, 10, g).backward()
+        W = W0.clone().requires_grad_(); run = lambda rows: maml_loss(f, lambda W: W, lambda e: W.expand(len(e), -1), sample_pairs(data, rows, 64, g), .01, 10, g).backward()
         return Stage('tasks', (16, lambda: run(range(16))), (8, lambda: [run([i]) for i in range(8)]), c.flops['mnet_maml'])
     def hvae():
         W = normal(p['hvae']['batch'], P)
