@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TunedLDM', 'tune', 'save_tuned', 'load_tuned', 'load_writer']
 
-# %% ../nbs/17_tuning.ipynb #c7e27cf5
+# %% ../nbs/17_tuning.ipynb #ba9dee9f
 import copy, torch
 from einops import reduce, repeat
 from torch import nn, Tensor
@@ -18,7 +18,7 @@ from .multitask import fit
 from .tasks import TaskData
 from .whitening import Whitening
 
-# %% ../nbs/17_tuning.ipynb #f251bcd2
+# %% ../nbs/17_tuning.ipynb #b3579d73
 class TunedLDM(nn.Module):
     "HVAE, HyperLDM, and a direct way from the question to weights: W = h(z) + g(e)"
     def __init__(self, hvae:HVAE, ldm:HyperLDM,
@@ -29,9 +29,9 @@ class TunedLDM(nn.Module):
         self.direct = StrongNet(hvae.mean, ldm.net.width, hidden, generator).h
         self.register_buffer('gamma', torch.tensor(gamma))
 
-    def write(self, z:Tensor, e:Tensor, gamma:float, steps:int=6)->Tensor: # (B,Z) noise, (B,D) -> (B,P)
+    def write(self, z:Tensor, e:Tensor, gamma:float, steps:int=6, recompute:bool=False)->Tensor: # (B,Z) noise, (B,D) -> (B,P)
         "Weights for questions, from noise; gradients flow"
-        return self.hvae.decode(self.ldm.denoise(z, e, gamma, steps)) + self.direct(e)
+        return self.hvae.decode(self.ldm.denoise(z, e, gamma, steps, recompute=recompute)) + self.direct(e)
 
     @torch.no_grad()
     def sample(self, e:Tensor, generator:torch.Generator, samples:int=1, gamma:float=None, steps:int=6)->Tensor: # (T,D) -> (T,P)
@@ -44,16 +44,16 @@ class TunedLDM(nn.Module):
         "What validation tasks are given: the mean of four samples, from the same noise each time"
         return self.sample(e, torch.Generator().manual_seed(0), samples=4)
 
-# %% ../nbs/17_tuning.ipynb #e26f7f10
+# %% ../nbs/17_tuning.ipynb #3b2b26d4
 def tune(adapter:Adapter, hvae:HVAE, ldm:HyperLDM,
          mu:Tensor, log_var:Tensor,            # (T,K,Z) latents of adapted weights
          data:TaskData, valid:TaskData,
          rows=None,                            # tasks whose descriptor is known; all where None
          epochs:int=8, lr:float=1e-3,
-         steps:int=6, noises:int=2,            # of the sampler; of each task
          gamma:float=2., spread:float=.5,      # guidance scales are drawn from gamma ± spread
          keep:float=0.,                        # λ, the share of the diffusion loss
          decoder:bool=False, direct:bool=True, # may the decoder learn, and is there a direct way?
+         recompute:bool=False,                 # save memory: compute each step of the sampler again for its gradient
          generator:torch.Generator=None, progress=lambda epochs: epochs): # -> TunedLDM, history
     "Train a noise network and a direct way on the task loss, through the sampler; copies, the originals stay as they are"
     known = torch.arange(len(data)) if rows is None else torch.as_tensor(rows)
@@ -66,12 +66,12 @@ def tune(adapter:Adapter, hvae:HVAE, ldm:HyperLDM,
             scale = gamma + spread*(2*float(uniform(1)) - 1)
             e = batch.e*(uniform(*batch.e.shape) > .1).to(batch.e)/.9
             noise = lambda: torch.randn(len(e), mu.shape[-1], generator=generator).to(e.device)
-            task = torch.stack([task_losses(adapter, model.write(noise(), e, scale, steps), batch).mean() for _ in range(noises)]).mean()
+            task = torch.stack([task_losses(adapter, model.write(noise(), e, scale, recompute=recompute), batch).mean() for _ in range(2)]).mean()
             return task + keep*imitation_loss(model.ldm.net, ldm, mu, log_var, data.e, known, 128, .15, generator) if keep else task
         history = fit([p for p in model.parameters() if p.requires_grad], model, adapter, data, valid, epochs, lr, generator, known, loss, .99, DECAY, progress=progress)
     return model.eval().requires_grad_(False), history
 
-# %% ../nbs/17_tuning.ipynb #f3a259df
+# %% ../nbs/17_tuning.ipynb #f6b677d3
 def save_tuned(path, adapter:Adapter, model:TunedLDM, whitening:Whitening,
                clip:str,  # fingerprint of the CLIP that makes task embeddings
                **facts):  # what else should be known about it
