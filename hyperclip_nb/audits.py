@@ -7,7 +7,7 @@ __all__ = ['TOLD', 'descriptions', 'write', 'text_audit', 'text_figure', 'neares
            'memory_audit', 'memory_figure', 'confidences', 'binned', 'calibration_audit', 'calibration_error',
            'calibration_figure']
 
-# %% ../nbs/20_audits.ipynb #b790e939
+# %% ../nbs/20_audits.ipynb #2ba03cea
 from types import SimpleNamespace
 import numpy as np, pandas as pd, seaborn as sns, torch, torch.nn.functional as F
 import matplotlib.pyplot as plt
@@ -20,7 +20,7 @@ from .adapter import Adapter
 from .adapt import evaluate
 from .experiments import METHODS, Lab, Models, bootstrap, generator
 
-# %% ../nbs/20_audits.ipynb #244099b0
+# %% ../nbs/20_audits.ipynb #eca5b5be
 def descriptions(tasks:list, rng:np.random.Generator)->dict: # kind -> list of strings
     "Five descriptions of each task: its own question, another wording, another task's question, words at random, none"
     words, other = sorted(vocabulary()), []
@@ -29,7 +29,7 @@ def descriptions(tasks:list, rng:np.random.Generator)->dict: # kind -> list of s
     return dict(true=[t.question for t in tasks], paraphrased=[_other_wording(t.question, rng) for t in tasks], shuffled=other,
                 random=[' '.join(rng.choice(words, len(t.question.split()))) for t in tasks], empty=[''] * len(tasks))
 
-# %% ../nbs/20_audits.ipynb #278f2fdb
+# %% ../nbs/20_audits.ipynb #2ebda4e6
 def _other_wording(question, rng):
     "A paraphrase by the world's grammar; the question itself where it is not of this world"
     concept = read(question)
@@ -37,14 +37,14 @@ def _other_wording(question, rng):
     wordings = [spell(concept, k)[0] for k in range(len(ASKS[concept.ask][0]))]
     return rng.choice([w for w in wordings if w != question])
 
-# %% ../nbs/20_audits.ipynb #ac8222a4
+# %% ../nbs/20_audits.ipynb #2ed3b332
 TOLD = 'cond-multitask', 'cond-multitask-strong', 'hnet-hyperldm', 'hvae-hyperldm', 'hvae-hyperldm-tuned'
 
 def write(lab:Lab, seed:int, slug:str, e:Tensor)->Tensor: # (T,D) -> (T,P)
     "The networks that a method of one vector a task writes for task embeddings as CLIP gives them, at its own guidance scale"
     m = Models(lab, seed, white=METHODS[slug].white)
     v, decode = METHODS[slug].start(m, SimpleNamespace(e=m.read(e)))
-    with torch.no_grad(): return decode(v)
+    with torch.no_grad(): return decode(v) if decode else v
 
 def text_audit(lab:Lab, seeds=(0,), methods=TOLD, part:str='test')->pd.DataFrame:
     "Accuracy of each method with each kind of description, and its difference to the true one, with 95 % intervals"
@@ -59,7 +59,7 @@ def text_audit(lab:Lab, seeds=(0,), methods=TOLD, part:str='test')->pd.DataFrame
     return pd.DataFrame([dict(method=slug, description=kind, accuracy=a.mean(), **interval(a), difference=difference(slug, kind).mean(),
                               **{f'difference_{k}': v for k, v in interval(difference(slug, kind)).items()}) for (slug, kind), a in sorted(mean.items(), key=lambda i: methods.index(i[0][0]))])
 
-# %% ../nbs/20_audits.ipynb #a2391745
+# %% ../nbs/20_audits.ipynb #1caa6906
 def text_figure(audit:pd.DataFrame)->Figure:
     "What each kind of description costs against the true one, a panel for each method, with intervals over concepts"
     methods = list(dict.fromkeys(audit.method)); fig, axs = plt.subplots(1, len(methods), figsize=(3*len(methods) + 1, 2.7), sharex=True, sharey=True, squeeze=False)
@@ -71,7 +71,7 @@ def text_figure(audit:pd.DataFrame)->Figure:
     axs[0, 0].invert_yaxis(); sns.despine(fig); fig.tight_layout()
     return fig
 
-# %% ../nbs/20_audits.ipynb #77e1fd03
+# %% ../nbs/20_audits.ipynb #3890190b
 def nearest(W:Tensor, training:Tensor)->tuple: # (T,P), (M,P) -> (T,) distances, (T,) which
     "Distance of each network to the nearest training network"
     return torch.cdist(W, training, compute_mode='donot_use_mm_for_euclid_dist').min(1)
@@ -85,7 +85,7 @@ def overlap(a:Tensor, b:Tensor)->np.ndarray: # two of (T,longest) bool -> (T,) f
     "Of the images that one of two networks gets wrong, the share that both do; NaN where neither makes a mistake"
     return ((a & b).sum(1)/(a | b).sum(1)).cpu().numpy()
 
-# %% ../nbs/20_audits.ipynb #39f08a32
+# %% ../nbs/20_audits.ipynb #6eee3784
 @torch.no_grad()
 def candidates(m:Models)->dict: # name -> (T,P)
     "Networks for the test tasks from stores, from generators, and from the tasks' own images"
@@ -114,7 +114,7 @@ def memory_audit(lab:Lab, seeds=(0,))->pd.DataFrame: # a row for each candidate,
             out.append(pd.DataFrame(dict(candidate=name, seed=seed, task=range(len(test)), distance=(distance/typical).cpu().numpy(), overlap=same, accuracy=evaluate(lab.adapter, W, test))))
     return pd.concat(out, ignore_index=True)
 
-# %% ../nbs/20_audits.ipynb #edcc40e9
+# %% ../nbs/20_audits.ipynb #2c17e709
 def memory_figure(audit:pd.DataFrame)->Figure:
     "Distance to the nearest training network, and overlap of mistakes with it, for each candidate"
     fig, axs = plt.subplots(1, 2, figsize=(9, 2.9), sharey=True); names = list(dict.fromkeys(audit.candidate))
@@ -125,7 +125,7 @@ def memory_figure(audit:pd.DataFrame)->Figure:
     sns.despine(fig); fig.tight_layout()
     return fig
 
-# %% ../nbs/20_audits.ipynb #54adcc9c
+# %% ../nbs/20_audits.ipynb #d62b29f9
 @torch.no_grad()
 def confidences(adapter:Adapter, W:Tensor, data:TaskData)->tuple: # (T,P) -> two of (images,)
     "The probability of each answer that is given on query images, and whether it is right"
@@ -152,7 +152,7 @@ def calibration_error(audit:pd.DataFrame)->pd.DataFrame:
     mean = lambda g: pd.Series({k: 100*np.average(g[k], weights=g.images) for k in ('right', 'probability', 'gap')})
     return a.groupby(['method', 'seed'], sort=False)[['images', 'right', 'probability', 'gap']].apply(mean).groupby('method', sort=False).mean().rename(columns=dict(gap='error')).reset_index()
 
-# %% ../nbs/20_audits.ipynb #35a584ee
+# %% ../nbs/20_audits.ipynb #4fd4bb4d
 def calibration_figure(audit:pd.DataFrame)->Figure:
     "Share of right answers over the probability they were given with, a panel for each method"
     methods = list(dict.fromkeys(audit.method)); error = calibration_error(audit).set_index('method').error

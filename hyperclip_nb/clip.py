@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ASSETS', 'TINY', 'WORDS', 'START', 'END', 'UNKNOWN', 'vocabulary', 'tokenize', 'strange_words', 'Clip', 'image_size',
            'normalized', 'load_clip', 'tiny_facts', 'fingerprint', 'training_scenes', 'train_tiny', 'full_description',
-           'retrieval', 'wrap_tiny', 'save_tiny', 'encode_tasks', 'load_features', 'encode_world']
+           'retrieval', 'wrap_tiny', 'save_tiny', 'encode_tasks', 'open_tensors', 'encode_world']
 
 # %% ../nbs/03_clip.ipynb #8d9fdcf6
-import hashlib, json, re
+import json, re
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
-from .tasks import Features, texts_of, write_whole
-from .world import ATTRIBUTES, BACKGROUNDS, COUNTS, World, caption, captions, concepts, prior, render, sample_scenes, spell
+from .tasks import Features, digest, texts_of, write_whole
+from .world import ATTRIBUTES, BACKGROUNDS, COUNTS, World, captions, concepts, prior, render, sample_scenes, spell
 
 # %% ../nbs/03_clip.ipynb #d47729d4
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../hyperclip_nb/assets').resolve()
@@ -113,9 +113,7 @@ def tiny_facts()->dict:
 
 def fingerprint(model)->str:
     "A short name for a model's weights: equal weights, equal name"
-    h = hashlib.sha256()
-    for k, v in sorted(model.state_dict().items()): h.update(f'{k}{tuple(v.shape)}{v.double().sum().item():.8e}{v.flatten()[:8].tolist()}'.encode())
-    return h.hexdigest()[:12]
+    return digest(*(f'{k}{tuple(v.shape)}{v.double().sum().item():.8e}{v.flatten()[:8].tolist()}' for k, v in sorted(model.state_dict().items())))
 
 # %% ../nbs/03_clip.ipynb #82d0cd6f
 def training_scenes(n:int, seed:int=0):
@@ -189,22 +187,21 @@ def encode_tasks(clip:Clip, tasks:dict,  # split -> list of `Task`
                  )->Features:
     "Features of all images and texts of some tasks, read from `path` where it holds them already"
     texts = texts_of([t for ts in tasks.values() for t in ts])
-    pairs = b''.join(t.pairs.tobytes() for ts in tasks.values() for t in ts)
-    made_for = dict(clip=clip.fingerprint, tasks=hashlib.sha256('\n'.join(texts).encode() + pairs).hexdigest()[:12])
-    if path and Path(path).exists(): return load_features(path, texts, made_for)
+    made_for = dict(clip=clip.fingerprint, tasks=digest('\n'.join(texts), *(t.pairs.tobytes() for ts in tasks.values() for t in ts)))
+    if path and Path(path).exists(): return Features(**open_tensors(path, **made_for)[0], texts=texts)
     features = Features(torch.cat([clip.encode_image(b).cpu() for b in images]), clip.encode_text(texts).cpu(), texts)
     if path: write_whole(path, tensors_to_bytes(dict(image=features.image, text=features.text), made_for))
     return features
 
-def load_features(path, texts:list, made_for:dict)->Features:
-    "Read features; ValueError where the file is damaged, or was made by another CLIP or for other tasks"
+def open_tensors(path, **made_for): # -> dict of tensors, mapped into memory; dict of what the file says about itself
+    "Open a file of features; ValueError where it is damaged, or was made by another CLIP or for something else"
+    other = dict(clip='by another CLIP', tasks='for other tasks', holds='for other images or texts')
     try:
-        with safe_open(path, 'pt') as f: found, image, text = f.metadata() or {}, f.get_tensor('image'), f.get_tensor('text')
+        with safe_open(path, 'pt') as f: tensors, about = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except Exception as e: raise ValueError(f'{path} holds no readable features ({e}); remove it, and it is made again') from None
     for what, have in made_for.items():
-        if found.get(what) != have:
-            raise ValueError(f'{path} was made {"by another CLIP" if what == "clip" else "for other tasks"} ({found.get(what)}, not {have}); remove it or use another folder')
-    return Features(image, text, texts)
+        if about.get(what) != have: raise ValueError(f'{path} was made {other[what]} ({about.get(what)}, not {have}); remove it or use another folder')
+    return tensors, about
 
 def encode_world(clip:Clip, world:World, path=None, progress=lambda batches: batches)->Features:
     "`encode_tasks` for an embedded world, drawing the scenes as it goes"

@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'STAGES', 'HALF', 'OTHERWISE', 'METHODS', 'ABLATION', 'ALL
            'table4']
 
 # %% ../nbs/18_experiments.ipynb #2f0ec056
-import functools, hashlib, json, platform, shutil, subprocess
+import functools, json, platform, shutil, subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
@@ -20,9 +20,9 @@ from einops import reduce, repeat
 from safetensors.torch import load_file, save
 from torch import nn, Tensor
 from . import __version__
-from .tasks import TaskData, described, texts_of, write_whole
+from .tasks import TaskData, described, digest, texts_of, write_whole
 from .world import make_world
-from .metavqa import hold_out, load_metavqa
+from .metavqa import hold_out, load_metavqa, unseen
 from .clip import encode_world, load_clip
 from .features import numbers_of, open_features, without_images
 from .adapter import Adapter
@@ -52,6 +52,7 @@ PRESETS = dict(
         guidance=dict(hvae=dict(steps=10, lr=.1, penalty=.01), hnet=dict(steps=10, lr=.03, penalty=.01)),
         both=((0., 1.), (1., .3), (1.5, .3)), few_shot=dict(steps=50, lr=1.),
         whitening=dict(eps=.05), cond_strong=dict(epochs=14, lr=1e-3), ridge=dict(alpha=.1, kappa=.01), tuned=dict(epochs=8, lr=1e-3, keep=0., decoder=False)))
+
 def altered(preset:str, **changes)->dict: # stage -> some of its settings
     "A preset with some settings of some stages changed"
     old = PRESETS[preset]
@@ -73,7 +74,7 @@ PRESETS['paper'] = altered('default',
     hyperclip=dict(steps=600*870//64, noise=0.),
     hyperldm=dict(hidden=(8192, 16384, 8192), kind='eps', steps=1000*870//128, lr=2.5e-4), sampling=dict(steps=350),
     guidance=dict(hnet=dict(steps=10, lr=.1, penalty=.01)), few_shot=dict(lr=.01),
-    cond_strong=dict(epochs=60, lr=1e-4), tuned=dict(lr=1e-4))
+    cond_strong=dict(epochs=60, lr=1e-4), tuned=dict(lr=1e-4, recompute=True))
 
 # %% ../nbs/18_experiments.ipynb #49bed699
 STAGES = ('multitask', 'cond_multitask', 'weights', 'hvae', 'hyperldm', 'sampling', 'mnet_maml', 'mnet_fomaml', 'hnet_maml', 'cond_film', 'cond_hnet_maml',
@@ -92,7 +93,7 @@ class Lab:
                  data=None):                 # a folder of tasks and features, instead of a world
         if preset not in PRESETS: raise ValueError(f'unknown preset {preset!r}: use one of {", ".join(PRESETS)}')
         self.preset, self.folder, self.device, self.track, self.kept, self.world = PRESETS[preset], folder and Path(folder), device, track, {}, None
-        if data: source, (self.tasks, features, model) = dict(data=str(Path(data).resolve())), _read_data(Path(data)); source['tasks'] = _digest(self.tasks)
+        if data: source, (self.tasks, features, model) = dict(data=str(Path(data).resolve())), _read_data(Path(data)); source['tasks'] = digest(*(x for ts in self.tasks.values() for t in ts for x in (f'{t.question}\n{t.statements}\n{len(t.support)}', t.pairs.tobytes())))
         else: source, self.clip = dict(world_seed=world_seed), load_clip(clip, device); model = dict(name=clip, fingerprint=self.clip.fingerprint)
         self.config = dict(preset=preset, **source, clip=model, settings=json.loads(json.dumps(self.preset)))
         if folder: _claim(self.folder, self.config)
@@ -102,8 +103,13 @@ class Lab:
         features.image = features.image.to(device)                # once, for all parts
         self.data = {k: TaskData(ts, features, device) for k, ts in self.tasks.items()}
         self.adapter = Adapter(features.image.shape[1], **self.preset['adapter'])
-        _mark_unseen(self.data, len(features.image))
+        self._mark_unseen()
         if folder: write_whole(self.folder/'config.json', json.dumps(self.config, indent=1))
+
+    def _mark_unseen(self):
+        "Where test tasks show images that training or validation tasks show too, name the query pairs that do not"
+        test = self.data['test']; new = test.parts['query'].clone(); new[test.parts['query']] = torch.from_numpy(unseen(self.tasks))
+        if (new != test.parts['query']).any(): test.add_part('unseen', new)
 
     @functools.cached_property
     def clip(self): return load_clip(self.config['clip']['name'], self.device) # what made the features of a folder
@@ -120,11 +126,6 @@ class Lab:
         for seed in seeds: self.kept.clear(); yield seed
 
 # %% ../nbs/18_experiments.ipynb #0e2a297c
-def _digest(tasks):
-    "A short name for tasks: the same questions, answers and pairs, the same name"
-    said = '\n'.join(f'{t.question}\t{t.prompt}\t{t.answers}\t{len(t.support)}' for ts in tasks.values() for t in ts).encode()
-    return hashlib.sha256(said + b''.join(t.pairs.tobytes() for ts in tasks.values() for t in ts)).hexdigest()[:12]
-
 def _read_data(folder): # -> tasks by part, Features, dict of the CLIP that made them
     "Tasks and features of a data set in Meta-VQA's layout"
     data = load_metavqa(folder)
@@ -133,13 +134,6 @@ def _read_data(folder): # -> tasks by part, Features, dict of the CLIP that made
     tasks = {part: without_images(ts, lost) if lost else ts for part, ts in data.tasks.items()}
     train, valid = hold_out(tasks['train'])
     return dict(train=train, valid=valid, test=tasks['test']), features, dict(name=index['clip'], fingerprint=index['fingerprint'])
-
-def _mark_unseen(data, images):
-    "Where test tasks show images that training or validation tasks show too, name the query pairs that do not"
-    seen, test = torch.zeros(images, dtype=torch.bool), data['test']
-    for part in ('train', 'valid'): seen[data[part].index[data[part].mask]] = True
-    new = test.parts['query'] & ~seen[test.index]
-    if (new != test.parts['query']).any(): test.add_part('unseen', new)
 
 # %% ../nbs/18_experiments.ipynb #67e47757
 def _claim(folder, config):
@@ -155,8 +149,6 @@ def _claim(folder, config):
 def _short(x): return str(x) if len(str(x)) < 60 else str(x)[:56] + ' …'
 
 # %% ../nbs/18_experiments.ipynb #23c8c389
-def _same(x): return x
-
 def _state(x): return {'value': x} if isinstance(x, Tensor) else x.state_dict()
 
 # %% ../nbs/18_experiments.ipynb #2784be96
@@ -166,7 +158,7 @@ class Stages:
                  white:bool=False): # does all that reads questions read them whitened?
         self.lab, self.seed, self.share, self.white, self.preset = lab, seed, share, white, lab.preset
         self.rows = np.flatnonzero(described(len(lab.data['train']), share, seed))
-        self.read = fit_whitening(lab.data['train'].e[self.rows], **self.preset['whitening']) if white else _same
+        self.read = fit_whitening(lab.data['train'].e[self.rows], **self.preset['whitening']) if white else nn.Identity()
         self.data = {k: d.reread(self.read(d.e)) for k, d in lab.data.items()}
         self.train, self.tasks = self.data['train'], (lab.adapter, self.data['train'], self.data['valid'])
         self.P, self.D, self.Z = lab.adapter.n_weights, lab.adapter.width, self.preset['hvae']['latent']
@@ -217,11 +209,6 @@ class Unread(Stages):
     def weights(self): # (T,K,P)
         return self.keep('weights', lambda **kw: adapted_weights(self.lab.adapter, getattr(self, self.preset['start']), self.train, **kw))
     @property
-    def hnet_weights(self): # (T,K,P), in full precision
-        with torch.autocast('cuda', enabled=False): return self.hnet_maml.decode(self.hnet_latents)
-    def own(self, data): # (T,P) for the tasks of `data`: adapted to their own support images, as `weights` are to training tasks
-        return adapt_all(self.lab.adapter, getattr(self, self.preset['start']), data, data.is_support, self.preset['weights']['steps'], self.preset['weights']['lr'])
-    @property
     def hvae(self):
         return self.keep('hvae', lambda **kw: train_hvae(self.lab.adapter, self.weights, self.train, **kw)[0], lambda: HVAE(self.P, self.Z, self.preset['hvae']['hidden']))
     @property
@@ -230,6 +217,11 @@ class Unread(Stages):
     @property
     def hnet_latents(self): # (T,K,Z)
         return self.keep('hnet_latents', lambda **kw: adapted_weights(self.lab.adapter, self.hnet_maml.z0, self.train, decode=self.hnet_maml.decode, **kw))
+    @property
+    def hnet_weights(self): # (T,K,P), in full precision
+        with torch.autocast('cuda', enabled=False): return self.hnet_maml.decode(self.hnet_latents)
+    def own(self, data): # (T,P) for the tasks of `data`: adapted to their own support images, as `weights` are to training tasks
+        return adapt_all(self.lab.adapter, getattr(self, self.preset['start']), data, data.is_support, self.preset['weights']['steps'], self.preset['weights']['lr'])
 
 # %% ../nbs/18_experiments.ipynb #32329f20
 class Models(Unread):
@@ -278,9 +270,9 @@ class Models(Unread):
 # %% ../nbs/18_experiments.ipynb #5227eb20
 def _guided(m, data, space):
     "HyperCLIP guidance (Algorithm 11): from the learned z⁰ in the latent space of the HNet, from noise in that of the HVAE"
-    net, gen, clip_h = (m.hnet_maml, m.hnet_maml.z0.expand(len(data), -1), m.hnet_hyperclip) if space == 'hnet' else (m.hvae, None, m.hyperclip)
-    z0 = gen if space == 'hnet' else torch.randn(len(data), m.Z, generator=generator(m.seed, 'sampling')).to(m.lab.device)
-    return net.decode(guide(clip_h, net.decode, z0, data.e, **m.lab.preset['guidance'][space])[-1])
+    if space == 'hnet': net, clip_h, z0 = m.hnet_maml, m.hnet_hyperclip, m.hnet_maml.z0.expand(len(data), -1)
+    else: net, clip_h, z0 = m.hvae, m.hyperclip, torch.randn(len(data), m.Z, generator=generator(m.seed, 'sampling')).to(m.lab.device)
+    return net.decode(guide(clip_h, net.decode, z0, data.e, **m.preset['guidance'][space])[-1])
 
 # %% ../nbs/18_experiments.ipynb #aeed657e
 def write_weights(m:Models, e:Tensor, gamma:float, samples:int=1, eta:float=0., space:str='hvae')->Tensor: # (T,D) -> (T,P)
@@ -296,11 +288,11 @@ OTHERWISE = {'': {}, 'undirect': dict(direct=False), 'decoder': dict(decoder=Tru
 
 def _tuned(m, d, how='', gamma=None, samples=8):
     "The mean of some samples of a tuned HyperLDM, at its own guidance scale unless another is given"
-    return m.tuned_otherwise(how).sample(d.e, generator(m.seed, 'sampling'), samples, gamma), _same
+    return m.tuned_otherwise(how).sample(d.e, generator(m.seed, 'sampling'), samples, gamma), None
 
 def _several(nets, e):
     "One network that reads e, or the weights (T,K,P) of several"
-    return (e, nets[0]) if len(nets) == 1 else (torch.stack([net(e) for net in nets], 1), _same)
+    return (e, nets[0]) if len(nets) == 1 else (torch.stack([net(e) for net in nets], 1), None)
 
 # %% ../nbs/18_experiments.ipynb #1abe0d5d
 def nearest_question(m:Models, e:Tensor)->Tensor: # (T,D) -> (T,P)
@@ -314,32 +306,32 @@ class Method:
     "A row of the paper's tables"
     name:str        # as Table 1 prints it
     told:bool       # does it learn from descriptors, so that their share matters?
-    start:Callable  # (Models, TaskData, **setting) -> what may be adapted, (V,) or (T,V), and the function that makes weights of it
+    start:Callable  # (Models, TaskData, **setting) -> what may be adapted, (V,) or (T,V), and what makes weights of it; None where it is weights
     settings:str='' # what a zero-shot row varies: some of gamma, eta, samples
     white:bool=False # does it read whitened questions?
     gamma:float=1.5  # the guidance scale at which it is printed, whichever validation tasks prefer
 
 METHODS = {
-    'clip': Method('CLIP as Base Model', False, lambda m, d: (m.plain_clip, _same)),
-    'multitask': Method('Uncond. Multitask', False, lambda m, d: (m.multitask, _same)),
-    'mnet-maml': Method('Uncond. MNet-MAML', False, lambda m, d: (m.mnet_maml, _same)),
-    'mnet-fomaml': Method('Uncond. MNet-FOMAML', False, lambda m, d: (m.mnet_fomaml, _same)),
+    'clip': Method('CLIP as Base Model', False, lambda m, d: (m.plain_clip, None)),
+    'multitask': Method('Uncond. Multitask', False, lambda m, d: (m.multitask, None)),
+    'mnet-maml': Method('Uncond. MNet-MAML', False, lambda m, d: (m.mnet_maml, None)),
+    'mnet-fomaml': Method('Uncond. MNet-FOMAML', False, lambda m, d: (m.mnet_fomaml, None)),
     'hnet-maml': Method('Uncond. HNet-MAML', False, lambda m, d: (m.hnet_maml.z0, m.hnet_maml.decode)),
     'cond-multitask': Method('Cond. Multitask', True, lambda m, d: (d.e, m.cond_multitask)),
     'cond-film': Method('Cond. Multitask FiLM', True, lambda m, d: (d.e, m.cond_film)),
     'cond-hnet-maml': Method('Cond. HNet-MAML', True, lambda m, d: (d.e, m.cond_hnet_maml)),
-    'hnet-hyperclip': Method('HNet + HyperCLIP guidance', True, lambda m, d: (_guided(m, d, 'hnet'), _same)),
-    'hvae-hyperclip': Method('HVAE + HyperCLIP guidance', True, lambda m, d: (_guided(m, d, 'hvae'), _same)),
-    'hnet-hyperldm': Method('HNet + HyperLDM', True, lambda m, d, gamma=1.5: (write_weights(m, d.e, gamma, space='hnet'), _same), 'gamma'),
-    'hvae-hyperldm': Method('HVAE + HyperLDM', True, lambda m, d, gamma=1.5, samples=1: (write_weights(m, d.e, gamma, samples), _same), 'gamma samples'),
-    'hvae-hyperldm-hyperclip': Method('HVAE + HyperLDM + HyperCLIP', True, lambda m, d, gamma=1.5, eta=.3: (write_weights(m, d.e, gamma, eta=eta), _same), 'gamma eta'),
-    'hvae-regression': Method('HVAE + regression', True, lambda m, d: (m.hvae.decode(m.regression(d.e)), _same)),
-    'hvae-nearest': Method('HVAE + nearest question', True, lambda m, d: (nearest_question(m, d.e), _same)),
+    'hnet-hyperclip': Method('HNet + HyperCLIP guidance', True, lambda m, d: (_guided(m, d, 'hnet'), None)),
+    'hvae-hyperclip': Method('HVAE + HyperCLIP guidance', True, lambda m, d: (_guided(m, d, 'hvae'), None)),
+    'hnet-hyperldm': Method('HNet + HyperLDM', True, lambda m, d, gamma=1.5: (write_weights(m, d.e, gamma, space='hnet'), None), 'gamma'),
+    'hvae-hyperldm': Method('HVAE + HyperLDM', True, lambda m, d, gamma=1.5, samples=1: (write_weights(m, d.e, gamma, samples), None), 'gamma samples'),
+    'hvae-hyperldm-hyperclip': Method('HVAE + HyperLDM + HyperCLIP', True, lambda m, d, gamma=1.5, eta=.3: (write_weights(m, d.e, gamma, eta=eta), None), 'gamma eta'),
+    'hvae-regression': Method('HVAE + regression', True, lambda m, d: (m.hvae.decode(m.regression(d.e)), None)),
+    'hvae-nearest': Method('HVAE + nearest question', True, lambda m, d: (nearest_question(m, d.e), None)),
 }
 METHODS |= {f'{slug}-white': replace(method, name=f'{method.name} (whitened)', white=True) for slug, method in METHODS.items() if method.told}
 METHODS |= {
     'cond-multitask-strong': Method('Cond. Multitask, strong', True, lambda m, d, samples=1: _several(m.cond_strong[:samples], d.e), 'samples', True),
-    'hvae-ridge': Method('HVAE + kernel ridge', True, lambda m, d: (m.hvae.decode(m.ridge(d.e)), _same), '', True),
+    'hvae-ridge': Method('HVAE + kernel ridge', True, lambda m, d: (m.hvae.decode(m.ridge(d.e)), None), '', True),
     'hvae-hyperldm-tuned': Method('HVAE + HyperLDM, tuned', True, _tuned, 'gamma samples', True, 2.),
 }
 METHODS |= {f'hvae-hyperldm-tuned-{how}': Method(f'HVAE + HyperLDM, tuned, {name}', True, functools.partial(_tuned, how=how), '', True)
@@ -377,8 +369,8 @@ def measure(m:Models, row:dict)->dict: # part -> (T,) percent
     setting = {k: row[k] for k in method.settings.split() if row[k] is not None}
     for part in ('valid', 'test'):
         data = m.data[part]; v, decode = method.start(m, data, **setting)
-        if row['setting'] == 'few-shot': v = adapt_all(adapter, v, data, few_images(data, row['images'], m.seed), decode=None if decode is _same else decode, **m.preset['few_shot'])
-        W = decode(v.expand(len(data), -1) if v.ndim < 3 else v)
+        if row['setting'] == 'few-shot': v = adapt_all(adapter, v, data, few_images(data, row['images'], m.seed), decode=decode, **m.preset['few_shot'])
+        W = decode(v.expand(len(data), -1)) if decode else v
         out[part] = evaluate(adapter, W, data)
         if 'unseen' in data.parts: out['unseen'] = evaluate(adapter, W, data, 'unseen')
     return out
@@ -436,7 +428,7 @@ def _job(m, slug, share, gammas, say):
     try: there = json.loads(file.read_text()) if file and file.exists() else []
     except ValueError as e: raise ValueError(f'{file} is damaged ({e}): remove it, and it is measured again') from None
     key = lambda r: tuple(v for k, v in r.items() if k not in MEASURED)
-    have, wanted = {key(r): r for r in there}, rows_wanted(slug, m.seed, share, gammas, m.lab.preset)
+    have, wanted = {key(r): r for r in there}, rows_wanted(slug, m.seed, share, gammas, m.preset)
     missing = [r for r in wanted if key(r) not in have]
     for r in missing: have[key(r)] = r | {part: [round(a, 4) for a in accuracies.tolist()] for part, accuracies in measure(m, r).items()}
     if file and missing: write_whole(file, json.dumps(list(have.values())))

@@ -5,19 +5,18 @@
 # %% auto #0
 __all__ = ['find_images', 'Pictures', 'encode_files', 'Store', 'open_features', 'numbers_of', 'without_images']
 
-# %% ../nbs/03b_features.ipynb #410f8792
-import hashlib, json, warnings
+# %% ../nbs/03b_features.ipynb #0a423855
+import json, warnings
 from pathlib import Path
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from .tasks import Features, Task, write_whole
-from .clip import Clip
+from .tasks import Features, Task, digest, write_whole
+from .clip import Clip, open_tensors
 
-# %% ../nbs/03b_features.ipynb #ed1c8b0f
+# %% ../nbs/03b_features.ipynb #8c53a9d2
 def find_images(folder, names:list)->list: # of paths, None where there is no such file
     "The image files of some names, in any folder below; ValueError where there is not one of them"
     wanted, there = set(names), {}
@@ -28,7 +27,7 @@ def find_images(folder, names:list)->list: # of paths, None where there is no su
     if not there: raise ValueError(f'{folder} holds none of the {len(names)} images, such as {next(iter(names), "any")}.jpg: name the folder of the image files, or one above it')
     return [there.get(name) for name in names]
 
-# %% ../nbs/03b_features.ipynb #a399651e
+# %% ../nbs/03b_features.ipynb #19a6e506
 class Pictures(Dataset):
     "Image files, decoded and as an encoder wants them; None where that fails"
     def __init__(self, clip:Clip, paths:list): self.transform, self.paths = clip.transform, paths
@@ -44,17 +43,8 @@ def _together(pictures): # numbers of the readable ones, and (n,3,H,W)
     fine = [i for i, p in enumerate(pictures) if p is not None]
     return len(pictures), fine, torch.stack([pictures[i] for i in fine]) if fine else None
 
-# %% ../nbs/03b_features.ipynb #2f87aea9
-def _sha(strings): return hashlib.sha256('\n'.join(strings).encode()).hexdigest()[:12]
-
-def _header(path, **expected)->dict:
-    "What a shard says about itself; ValueError where it is damaged, or made by another CLIP or for other images"
-    try:
-        with safe_open(path, 'pt') as f: about = f.metadata() or {}
-    except Exception as e: raise ValueError(f'{path} holds no readable features ({e}): remove it, and it is made again') from None
-    for key, value in expected.items():
-        if about.get(key) != value: raise ValueError(f'{path} was made {"by another CLIP" if key == "clip" else "for other images or texts"} ({about.get(key)}, not {value}): remove it, or copy the tasks to another folder')
-    return about
+# %% ../nbs/03b_features.ipynb #db3d4043
+def _name(strings): return digest('\n'.join(strings))
 
 @torch.inference_mode()
 def _encode_shard(clip, paths, batch, workers): # -> (n,D) half, numbers of unreadable files
@@ -75,20 +65,20 @@ def encode_files(clip:Clip, images, # folder of the image files
     paths, folder, unreadable, files = find_images(images, names), Path(folder), [], []
     for start in progress(range(0, len(names), shard)):
         some, path = names[start:start+shard], folder/f'images-{start//shard:05d}.safetensors'
-        lost = json.loads(_header(path, clip=clip.fingerprint, holds=_sha(some))['unreadable']) if path.exists() else None
+        lost = json.loads(open_tensors(path, clip=clip.fingerprint, holds=_name(some))[1]['unreadable']) if path.exists() else None
         if lost is None or any(p for name, p in zip(some, paths[start:start+shard]) if name in lost):   # not there yet, or lost images may have come back
             found, rows = _encode_shard(clip, paths[start:start+shard], batch, workers)
             lost = [some[i] for i in rows]
-            write_whole(path, save(dict(features=found), dict(clip=clip.fingerprint, holds=_sha(some), unreadable=json.dumps(lost))))
+            write_whole(path, save(dict(features=found), dict(clip=clip.fingerprint, holds=_name(some), unreadable=json.dumps(lost))))
         unreadable += lost; files.append(path.name)
     path = folder/'texts.safetensors'
-    if path.exists(): _header(path, clip=clip.fingerprint, holds=_sha(texts))
-    else: write_whole(path, save(dict(features=clip.encode_text(texts).half().cpu()), dict(clip=clip.fingerprint, holds=_sha(texts))))
-    index = dict(clip=clip.name, fingerprint=clip.fingerprint, width=clip.width, images=_sha(names), texts=_sha(texts), shards=files, unreadable=unreadable)
+    if path.exists(): open_tensors(path, clip=clip.fingerprint, holds=_name(texts))
+    else: write_whole(path, save(dict(features=clip.encode_text(texts).half().cpu()), dict(clip=clip.fingerprint, holds=_name(texts))))
+    index = dict(clip=clip.name, fingerprint=clip.fingerprint, width=clip.width, images=_name(names), texts=_name(texts), shards=files, unreadable=unreadable)
     write_whole(folder/'index.json', json.dumps(index, indent=1))
     return unreadable
 
-# %% ../nbs/03b_features.ipynb #5917e0bb
+# %% ../nbs/03b_features.ipynb #86c7592c
 class Store:
     "Features of numbered images, in memory-mapped shards of half precision; rows are float32"
     def __init__(self, shards:list): # of (n,D) tensors
@@ -109,21 +99,17 @@ class Store:
         "On a GPU all rows as one tensor: they fit, and a GPU should not wait for a disk"
         return self if str(device) == 'cpu' else torch.cat(self.shards).to(device).float()
 
-def _open(path, **expected):
-    "The features of a file, mapped"
-    _header(path, **expected)
-    with safe_open(path, 'pt') as f: return f.get_tensor('features')
-
 def open_features(folder, names:list, texts:list): # -> Features, index
     "What `encode_files` wrote for these images and texts; ValueError where it is not there, or made for others"
     folder = Path(folder)
     try: index = json.loads((folder/'index.json').read_text()); shards, clip, made_for, _ = index['shards'], index['fingerprint'], (index['images'], index['texts']), index['unreadable']
     except (OSError, ValueError, KeyError, TypeError): raise ValueError(f'{folder} holds no features: make them with hyperclip data features') from None
-    if made_for != (_sha(names), _sha(texts)):
+    if made_for != (_name(names), _name(texts)):
         raise ValueError(f'{folder}/index.json is for other tasks: remove the folder, or make the features again with hyperclip data features')
-    return Features(Store([_open(folder/s, clip=clip) for s in shards]), _open(folder/'texts.safetensors', clip=clip, holds=_sha(texts)).float(), texts), index
+    mapped = lambda name, **made_for: open_tensors(folder/name, clip=clip, **made_for)[0]['features']
+    return Features(Store([mapped(s) for s in shards]), mapped('texts.safetensors', holds=_name(texts)).float(), texts), index
 
-# %% ../nbs/03b_features.ipynb #3398ce11
+# %% ../nbs/03b_features.ipynb #fb98d56c
 def numbers_of(images:list, names:list)->set:
     "Positions of some names in a list of images"
     names = set(names)

@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['SUBSETS', 'FILES', 'BE', 'DO', 'MAY', 'PLACE', 'OPENERS', 'ALONE', 'NOUNS', 'DONE', 'VERBS', 'THIRD', 'MANY', 'PARTS',
-           'image_name', 'write_sample', 'read_vqa', 'statement', 'VQA', 'split_questions', 'build_tasks', 'only_used',
+           'image_name', 'write_sample', 'read_vqa', 'statement', 'VQA', 'split_questions', 'build_tasks',
            'save_metavqa', 'load_metavqa', 'unseen', 'hold_out', 'stats']
 
-# %% ../nbs/02_metavqa.ipynb #a76bac41
+# %% ../nbs/02_metavqa.ipynb #45a5c89f
 import io, json, random, re, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
-from .tasks import Task, describe, make_task, write_whole
+from .tasks import Task, describe, make_task, only_used, write_whole
 from .world import make_world, render
 
-# %% ../nbs/02_metavqa.ipynb #5c0e7dc0
+# %% ../nbs/02_metavqa.ipynb #bdb55f84
 SUBSETS = 'train2014', 'val2014'
 FILES = {s: (f'v2_OpenEnded_mscoco_{s}_questions.json', f'v2_mscoco_{s}_annotations.json') for s in SUBSETS}  # the official names
 
@@ -39,7 +39,7 @@ def write_sample(folder, tasks:int=100, seed:int=0):
         write_whole(folder/annotations, json.dumps(dict(data_subtype=subset, annotations=[
             dict(question_id=n, image_id=i, answer_type=kind, multiple_choice_answer=a) for n, _, i, a, kind in here])))
 
-# %% ../nbs/02_metavqa.ipynb #deecc9ba
+# %% ../nbs/02_metavqa.ipynb #5760dde4
 def _read_json(path, key:str=None):
     "A JSON file, or the list under one of its keys; ValueError names the file and what is wrong with it"
     try: found = json.loads(Path(path).read_text(encoding='utf-8'))
@@ -77,7 +77,7 @@ def read_vqa(folder)->pd.DataFrame: # of question, image, answer, kind
                                        answer=both.multiple_choice_answer, kind=both.answer_type)))
     return pd.concat(parts, ignore_index=True)
 
-# %% ../nbs/02_metavqa.ipynb #7cd870ef
+# %% ../nbs/02_metavqa.ipynb #2e10f899
 BE, DO = set('is are was were'.split()), set('do does did'.split())
 MAY = set('can could will would should might may has have had'.split())
 PLACE = set('''in on at of for from with to by under over behind near beside above below next between around through against off out into up down inside
@@ -116,7 +116,7 @@ def _fill(subject, verb, more, gap):
     if more[-1] in PLACE or more[-1] == 'place' or more[-2:-1] == ['to'] or gap.startswith('because'): return _join(subject, verb, more, gap)
     return _join(subject, verb, more[0], gap, more[1:]) if _verb(more[0]) else _join(subject, verb, gap, more)
 
-# %% ../nbs/02_metavqa.ipynb #5888c503
+# %% ../nbs/02_metavqa.ipynb #7500324d
 def _gap(ask, noun):
     "What stands in the gap: the answer, with the noun that it counts, owns or is a kind of"
     if ask == 'whose': return _join('{}', noun)
@@ -155,7 +155,7 @@ def _with_do(words, do):
     verb = [THIRD.get(w, w + 's') for w in words[n:n+1]] if do == 'does' else words[n:n+1]
     return words[:n], _join(['did']*(do == 'did'), verb), words[n+1:]
 
-# %% ../nbs/02_metavqa.ipynb #88a50d19
+# %% ../nbs/02_metavqa.ipynb #b651dacd
 @dataclass
 class VQA:
     "Tasks about images that have names"
@@ -184,16 +184,10 @@ def build_tasks(asked:pd.DataFrame, # as read_vqa gives it
         task = make_task(question, statement(question), rows.image.map(number).to_numpy(), label, list(names), rng, concept=question, smallest=21)
         if task: tasks[question] = task
     if len(tasks) < 4: raise ValueError(f'{len(tasks)} of {asked.question.nunique()} questions have more than 20 images and more than one answer: too few for training, validation and test tasks')
-    return only_used(VQA({k: [tasks[q] for q in qs] for k, qs in zip(('train', 'test'), split_questions(tasks, seed))}, images))
+    parts, used = only_used({k: [tasks[q] for q in qs] for k, qs in zip(('train', 'test'), split_questions(tasks, seed))})
+    return VQA(parts, [images[i] for i in used])
 
-def only_used(data:VQA)->VQA:
-    "The same tasks, without images that no task shows"
-    used = np.unique(np.concatenate([t.pairs[:, 0] for ts in data.tasks.values() for t in ts]))
-    renumber = lambda pairs: np.stack([np.searchsorted(used, pairs[:, 0]), pairs[:, 1]], 1)
-    tasks = {k: [Task(t.question, t.prompt, t.answers, renumber(t.support), renumber(t.query), t.concept) for t in ts] for k, ts in data.tasks.items()}
-    return VQA(tasks, [data.images[i] for i in used])
-
-# %% ../nbs/02_metavqa.ipynb #ba8d0d09
+# %% ../nbs/02_metavqa.ipynb #0b07faa2
 PARTS = dict(train='meta_train.json', test='meta_test.json')
 
 def save_metavqa(data:VQA, folder):
@@ -235,12 +229,11 @@ def _check_task(where, question, t, prompt):
     if {i for i, _ in t['train']} & {i for i, _ in t['test']}: raise ValueError(f'{where}: an image is both in "train" and in "test"')
     if prompt is not None and (not isinstance(prompt, str) or prompt.count('{}') != 1): raise ValueError(f'{where}: its prompt in prompt_meta.json must have one gap {{}}, but is "{prompt}"')
 
-# %% ../nbs/02_metavqa.ipynb #66b08002
-def unseen(data:VQA, part:str='test')->list: # of arrays (m,) bool, one for each task
-    "Which query pairs of the tasks show an image that no training task shows"
-    seen = np.zeros(len(data.images), bool)
-    for t in data.tasks['train']: seen[t.pairs[:, 0]] = True
-    return [~seen[t.query[:, 0]] for t in data.tasks[part]]
+# %% ../nbs/02_metavqa.ipynb #c08cf8bc
+def unseen(tasks:dict)->np.ndarray: # part -> list of `Task` -> (pairs,) bool, those of all test tasks end to end
+    "Which query pairs of test tasks show an image that no other task shows"
+    images = lambda arrays: np.concatenate([a[:, 0] for a in arrays])
+    return ~np.isin(images(t.query for t in tasks['test']), images(t.pairs for part, ts in tasks.items() if part != 'test' for t in ts))
 
 def hold_out(tasks:list, share:float=.1, seed:int=2021): # -> training tasks, validation tasks
     "Put a random tenth of the training tasks aside for validation"
@@ -248,11 +241,11 @@ def hold_out(tasks:list, share:float=.1, seed:int=2021): # -> training tasks, va
     return [tasks[i] for i in np.sort(order[n:])], [tasks[i] for i in np.sort(order[:n])]
 
 def stats(data:VQA)->pd.DataFrame:
-    "Tasks, pairs, images, mean sizes and guessing baselines (%) of training, test and all tasks; what of the test was seen in training (%)"
+    "Tasks, pairs, images, sizes and guessing baselines (%) of training, test and all tasks; what of the test was seen in training (%)"
     every = [t for ts in data.tasks.values() for t in ts]
-    table = pd.DataFrame({part: describe(ts) for part, ts in (data.tasks | dict(all=every)).items()}).drop('concepts')
+    sized = lambda ts: {f'{part}, {name}': float(f([len(getattr(t, part)) for t in ts])) for part in ('support', 'query') for name, f in (('median', np.median), ('largest', max))}
+    table = pd.DataFrame({part: describe(ts) | sized(ts) for part, ts in (data.tasks | dict(all=every)).items()}).drop('concepts')
     images = {part: np.unique(np.concatenate([t.pairs[:, 0] for t in ts])) for part, ts in data.tasks.items()}
-    new = unseen(data)
-    more = {'seen images': 100*np.isin(images['test'], images['train']).mean(), 'seen query pairs': 100*(1 - np.concatenate(new).mean()),
-            'tasks with unseen queries': float(sum(u.any() for u in new))}
+    new, home = unseen(data.tasks), np.repeat(np.arange(len(data.tasks['test'])), [len(t.query) for t in data.tasks['test']])
+    more = {'seen images': 100*np.isin(images['test'], images['train']).mean(), 'seen query pairs': 100*(1 - new.mean()), 'tasks with unseen queries': float(len(set(home[new])))}
     return pd.concat([table, pd.DataFrame(dict(test=more))])

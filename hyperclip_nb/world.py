@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-from .tasks import make_task
+from .tasks import make_task, only_used
 
 # %% ../nbs/01_world.ipynb #39f9b7ad
 SHAPES = ['circle', 'square', 'triangle', 'star', 'heart', 'diamond', 'cross', 'ring', 'moon', 'hexagon', 'arrow', 'drop']
@@ -325,11 +325,5 @@ def make_world(seed:int=0,
             sets[name] += ask_tasks(concept, drawn[-1], start, rng)
         sets[name] = sets[name][:n_tasks]; start += n_scenes
     pool = Scenes(*(np.concatenate([getattr(s, f) for s in drawn]) for f in ('objects', 'background', 'pose')))
-    return World(*_only_used(sets, pool))
-
-def _only_used(sets, scenes):
-    "Drop scenes that no task shows, and renumber the others"
-    used = np.unique(np.concatenate([t.pairs[:, 0] for ts in sets.values() for t in ts]))
-    number = np.zeros(len(scenes), int); number[used] = np.arange(len(used))
-    for t in (t for ts in sets.values() for t in ts): t.support[:, 0], t.query[:, 0] = number[t.support[:, 0]], number[t.query[:, 0]]
-    return sets, scenes[used]
+    sets, used = only_used(sets)
+    return World(sets, pool[used])

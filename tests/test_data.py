@@ -1,13 +1,11 @@
 "Data sets of files: tasks by the rules, features of any CLIP, one accuracy for all images and one for unseen ones."
-import json, os, random, signal, subprocess, sys, time, warnings
-from pathlib import Path
+import json, random, signal, subprocess, sys, time, warnings
 import numpy as np, open_clip, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from hyperclip_nb import experiments
 from hyperclip_nb.adapter import Adapter
-from hyperclip_nb.experiments import PRESETS, Lab, altered, reproduce, table1
+from hyperclip_nb.experiments import PRESETS, Lab, altered, table1
 from hyperclip_nb.features import encode_files, numbers_of, open_features, without_images
 from hyperclip_nb.hvae import HVAE
 from hyperclip_nb.ddpm import linear_schedule
@@ -132,14 +130,15 @@ def test_any_clip_from_files_to_a_table(tmp_path, vqa, small_clip, monkeypatch, 
 def test_unseen_images_are_those_that_training_never_showed(tmp_path, vqa):
     data = build_tasks(read_vqa(vqa))
     seen = {i for t in data.tasks['train'] for i in t.pairs[:, 0].tolist()}
-    for t, new in zip(data.tasks['test'], unseen(data)): assert new.tolist() == [i not in seen for i in t.query[:, 0].tolist()]
+    new = np.split(unseen(data.tasks), np.cumsum([len(t.query) for t in data.tasks['test']])[:-1])
+    for t, n in zip(data.tasks['test'], new): assert n.tolist() == [i not in seen for i in t.query[:, 0].tolist()]
     save_metavqa(data, tmp_path)
     from hyperclip_nb.clip import load_clip
     encode_files(load_clip(), vqa, data.images, texts_of([t for ts in data.tasks.values() for t in ts]), tmp_path/'features')
     test = Lab('smoke', data=tmp_path).data['test']
-    assert test.size['unseen'].tolist() == [int(n.sum()) for n in unseen(data)]
+    assert test.size['unseen'].tolist() == [int(n.sum()) for n in new]
     assert (test.parts['unseen'] <= test.parts['query']).all()
-    assert stats(data).test['tasks with unseen queries'] == sum(n.any() for n in unseen(data))
+    assert stats(data).test['tasks with unseen queries'] == sum(n.any() for n in new)
 
 
 def test_killed_features_go_on(tmp_path, vqa):
