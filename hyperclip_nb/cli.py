@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'console', 'SHIPPED', 'main']
 
-# %% ../nbs/23_cli.ipynb #fc275d4e
+# %% ../nbs/23_cli.ipynb #4681c5db
 import json as json_, os, sys, warnings
 from pathlib import Path
 from typing import Optional
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-# %% ../nbs/23_cli.ipynb #17c6255f
+# %% ../nbs/23_cli.ipynb #6bc314e2
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
                   help='Write the weights of a small network from a question in words.')
 console = Console()
@@ -30,7 +30,7 @@ def main():
         print('stopped: the same command goes on where it was', file=sys.stderr)
         sys.exit(130)
 
-# %% ../nbs/23_cli.ipynb #51930502
+# %% ../nbs/23_cli.ipynb #f9097aac
 def _device(name:str)->str:
     "The device to compute on: 'auto' takes a GPU where there is one"
     import torch
@@ -43,7 +43,7 @@ def _numbers(text:str)->tuple:
     try: return tuple(float(x) for x in text.split(','))
     except ValueError: raise ValueError(f'give numbers with commas between them, such as 0,1,1.5, not {text!r}') from None
 
-# %% ../nbs/23_cli.ipynb #fef4d6f2
+# %% ../nbs/23_cli.ipynb #1a626ffc
 def _tracker(progress):
     "A progress bar for the stage at work; it goes when the stage is done"
     def track(steps, what):
@@ -58,7 +58,7 @@ def _progress():
     from rich.progress import Progress, BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     return Progress(TextColumn('{task.description:16}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
 
-# %% ../nbs/23_cli.ipynb #120ce48b
+# %% ../nbs/23_cli.ipynb #460f4e3c
 def _methods(text:str, preset:str)->tuple:
     "'all', 'quick', 'ahead', 'ablation', or slugs with commas between them"
     from hyperclip_nb.experiments import ABLATION, AHEAD, ALL, QUICK
@@ -80,7 +80,7 @@ def _keep_table(found, table, figure, path, title):
     write_whole(path.with_suffix('.csv'), found.to_csv(index=False, float_format='%.4f')); save_figure(figure, path)
     _print(table, title, f'All of it, and its figure, are in {path}.csv, .png and .svg')
 
-# %% ../nbs/23_cli.ipynb #18e1698a
+# %% ../nbs/23_cli.ipynb #c1612493
 @app.command()
 def reproduce(preset:str=typer.Option('default', help='smoke (two minutes), default (the size of Meta-VQA, on two cores) or paper (sizes and rates of the paper, on a GPU)'),
               seed:int=typer.Option(0, min=0, help='first seed of everything that is trained'),
@@ -109,7 +109,7 @@ def reproduce(preset:str=typer.Option('default', help='smoke (two minutes), defa
     if len(few): _print(few, 'Accuracy (%) after 50 steps on labelled images of the task')
     console.print(f'Guidance scale chosen on validation tasks: {done.gamma}. Results, intervals, figures and the trained HyperLDM are in {out}', highlight=False)
 
-# %% ../nbs/23_cli.ipynb #81ddf471
+# %% ../nbs/23_cli.ipynb #c5252c89
 audit = typer.Typer(help='Does the text matter? Is it memorised? Can its probabilities be believed? Ask an experiment that reproduce made.', rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(audit, name='audit')
 
@@ -127,7 +127,7 @@ def _heard(text):
     if set(chosen) - set(TOLD): raise ValueError(f'no audit of {", ".join(sorted(set(chosen) - set(TOLD)))}: use some of {", ".join(TOLD)}')
     return chosen
 
-# %% ../nbs/23_cli.ipynb #09345a16
+# %% ../nbs/23_cli.ipynb #528ccaf0
 @audit.command('text')
 def audit_text(out:Path=OUT, seeds:int=SEEDS, methods:str=HEARD, device:str=DEVICE):
     "Accuracy with true, paraphrased, shuffled, random and empty descriptions."
@@ -151,7 +151,7 @@ def audit_calibration(out:Path=OUT, seeds:int=SEEDS, methods:str=HEARD, device:s
     with _progress() as progress: found = audits.calibration_audit(_lab(out, progress, device), range(seeds), _heard(methods))
     _keep_table(found, audits.calibration_error(found), audits.calibration_figure(found), out/'audit-calibration', 'Can its probabilities be believed? Percent, on query images of test tasks')
 
-# %% ../nbs/23_cli.ipynb #3b60633a
+# %% ../nbs/23_cli.ipynb #e5794c95
 @app.command()
 def laboratory(out:Path=OUT, seeds:int=SEEDS, device:str=DEVICE):
     "Every way to guide the tuned HyperLDM, every sampler and number of samples, on validation tasks."
@@ -168,7 +168,7 @@ def ensemble(out:Path=OUT, seeds:int=typer.Option(3, min=1, help='how many seeds
     write_whole(out/'ensemble.csv', found.to_csv(index=False, float_format='%.4f'))
     _print(found.groupby('team', sort=False)[['networks', 'accuracy']].mean().reset_index(), f'Accuracy (%) on test tasks, {seeds} seeds', f'The accuracy of every task is in {out}/ensemble.csv')
 
-# %% ../nbs/23_cli.ipynb #eb31eb6f
+# %% ../nbs/23_cli.ipynb #2d903767
 def _question(question:str, answers:Optional[str]): # -> Concept or None, statement prompt, list of answers
     "Turn a question into a statement with a gap, and find what may fill it"
     from hyperclip_nb import world
@@ -203,7 +203,7 @@ def _example(concept, seed:int, path:Path):
     data = io.BytesIO(); picture.save(data, 'PNG'); write_whole(path, data.getvalue())
     return picture, concept and world.answers(concept.ask)[right[sensible[0]]]
 
-# %% ../nbs/23_cli.ipynb #3ef1d427
+# %% ../nbs/23_cli.ipynb #adca27cc
 SHIPPED = Path(__file__).parent/'assets'/'hyperldm.safetensors' if '__file__' in globals() else Path('../hyperclip_nb/assets/hyperldm.safetensors').resolve()
 
 def _writer(model:Path): # -> Adapter, function of e, gamma and generator that gives weights, its own guidance scale, Clip
@@ -219,11 +219,11 @@ def _answers(adapter, W, clip, picture, prompt:str, names:list)->list: # of (pro
     "What a network says about an image"
     import torch
     from hyperclip_nb.tasks import TaskBatch
-    x, a = clip.encode_image([picture]), clip.encode_text([prompt.format(n) for n in names])
+    x, a = clip.encode_image([picture]), clip.encode_text([prompt.replace('{}', n) for n in names])
     batch = TaskBatch(x[None], torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), a[None], torch.ones(1, len(a), dtype=torch.bool), None)
     return sorted(zip(adapter.logits(W, batch)[0, 0].softmax(0).tolist(), names), reverse=True)
 
-# %% ../nbs/23_cli.ipynb #328a3569
+# %% ../nbs/23_cli.ipynb #2011472f
 @app.command()
 def ask(question:str=typer.Argument(help='such as "What color is the large star?"'),
         image:Optional[Path]=typer.Argument(None, help='an image file'),
@@ -254,7 +254,7 @@ def ask(question:str=typer.Argument(help='such as "What color is the large star?
     if json: print(json_.dumps(said))
     else: _say(said)
 
-# %% ../nbs/23_cli.ipynb #355850ee
+# %% ../nbs/23_cli.ipynb #b72393d6
 def _say(said:dict):
     "Print ranked answers, the ten likeliest"
     table = Table('answer', 'probability', '', title=said['question'])
@@ -264,7 +264,7 @@ def _say(said:dict):
     if 'right' in said: console.print(f'The right answer is {said["right"]}; the scene is in {said["image"]}', highlight=False)
     if 'weights' in said: console.print(f'The network is in {said["weights"]}', highlight=False)
 
-# %% ../nbs/23_cli.ipynb #4f9f3bac
+# %% ../nbs/23_cli.ipynb #d2bc9ad7
 data = typer.Typer(help='Data sets of questions about photographs: download, tasks, statistics, features.', rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(data, name='data')
 
@@ -295,7 +295,7 @@ def build(vqa:Path=typer.Option(..., help="folder of VQA v2's questions and anno
     metavqa.save_metavqa(made, to)
     console.print(f'{len(made.tasks["train"])} training and {len(made.tasks["test"])} test tasks about {len(made.images)} images are in {to}', highlight=False)
 
-# %% ../nbs/23_cli.ipynb #976f04f5
+# %% ../nbs/23_cli.ipynb #ddf581de
 @data.command()
 def stats(folder:Path=typer.Argument(help='folder of tasks'), json:bool=typer.Option(False, '--json', help='print JSON')):
     "Sizes, guessing baselines, and how much of the test was seen in training."
@@ -323,7 +323,7 @@ def features(folder:Path=typer.Argument(help='folder of tasks; features go into 
     if lost: without_images(tasks, numbers_of(found.images, lost))   # for its warnings
     console.print(f'{len(found.images) - len(lost)} images are encoded, {len(lost)} cannot be read; features are in {folder/"features"}', highlight=False)
 
-# %% ../nbs/23_cli.ipynb #3317893e
+# %% ../nbs/23_cli.ipynb #60e2c6b2
 PRESET, WIDTH = typer.Option('default', help='smoke, default or paper'), typer.Option(0, min=0, help='width of CLIP [default: 768 for paper, 96 otherwise]', show_default=False)
 
 def _width(width, preset): return width or (768 if preset == 'paper' else 96)
@@ -342,7 +342,7 @@ def _show_plan(preset, width, device, json=False):
     _print(table.rename_axis('stage').reset_index(), f'{preset} on {device}: {machine["flops"]/1e9:,.0f} GFLOP/s, {machine["bytes"]/1e9:,.0f} GB/s, {machine["memory"]/2**30:.1f} GiB free')
     large = table.index[table['memory (GiB)'] > machine['memory']/2**30].tolist()
     if large: console.print(f'Does not fit into the memory of {device}: {", ".join(large)}', highlight=False)
-    else: console.print(f'All of it fits. Not less than {table["minutes at best"].sum():,.0f} minutes a seed, with every product at full speed; small ones run at a fraction of it', highlight=False)
+    else: console.print(f'Each stage fits by itself. Not less than {table["minutes at best"].sum():,.0f} minutes a seed, with every product at full speed; small ones run at a fraction of it', highlight=False)
 
 @app.command()
 def plan(preset:str=PRESET, width:int=WIDTH, device:str=DEVICE, json:bool=typer.Option(False, '--json', help='print JSON')):
@@ -359,7 +359,7 @@ def bench(preset:str=PRESET, width:int=WIDTH, stages:str=typer.Option('', help='
     if json: print(json_.dumps(found, indent=1))
     else: _print(pd.DataFrame(found['stages']), f'{preset} on {found["device"]}, {found["threads"]} thread(s)', 'ours, plain: units a second; reached: percent of the rate of large products')
 
-# %% ../nbs/23_cli.ipynb #6b83148c
+# %% ../nbs/23_cli.ipynb #e8a9c6b5
 @app.command()
 def train_clip(out:Path=typer.Option(..., help='file for the weights'), steps:int=typer.Option(1500, min=100), scenes:int=typer.Option(30_000, min=200), seed:int=typer.Option(0, min=0)):
     "Train the tiny CLIP on captions of scenes."
