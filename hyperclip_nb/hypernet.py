@@ -6,7 +6,6 @@
 __all__ = ['HyperNet']
 
 # %% ../nbs/06_hypernet.ipynb #ad795b3b
-import torch
 from torch import nn
 
 # %% ../nbs/06_hypernet.ipynb #c66b22cd

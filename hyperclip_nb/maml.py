@@ -12,7 +12,7 @@ from .adapt import task_losses
 from .adapter import Adapter
 from .hypernet import HyperNet
 from .multitask import fit
-from .tasks import TaskBatch, TaskData, sample_pairs
+from .tasks import TaskBatch, TaskData
 
 # %% ../nbs/08_maml.ipynb #1156cd3d
 def split_batch(batch:TaskBatch, generator:torch.Generator,

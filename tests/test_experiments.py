@@ -1,6 +1,5 @@
 "The grid of experiments: stopped at any moment it ends with the same rows, and nothing that is done is done again."
 import json, os, signal, subprocess, sys, time
-from pathlib import Path
 import numpy as np, pytest
 from hyperclip_nb import experiments
 from hyperclip_nb.experiments import ABLATION, METHODS, PAPER, Models, PRESETS, altered, bootstrap, few_images, read_results, reproduce, rows_wanted, summary, table1, table4
