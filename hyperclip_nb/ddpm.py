@@ -115,8 +115,8 @@ def diffusion_loss(
 
 # %% ../nbs/12_ddpm.ipynb #183477d5
 def _guess(model, x, t, schedule, kind):
-    "The model's guesses of x^0 and ε for a whole batch at step `t`, and that step as a tensor (B,)"
-    t = torch.full((len(x),), t, device=x.device)
+    "The model's guesses of x^0 and ε for a whole batch at step `t`, and that step as a tensor (B,), one number expanded"
+    t = torch.full((), t, device=x.device).expand(len(x))
     return *split_prediction(model(x, t), x, t, schedule, kind), t
 
 @torch.no_grad()

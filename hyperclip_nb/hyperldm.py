@@ -7,7 +7,7 @@ __all__ = ['train_regression', 'time_embedding', 'Block', 'NoiseNet', 'HyperLDM'
            'save_hyperldm', 'load_hyperldm', 'also_holds']
 
 # %% ../nbs/14_hyperldm.ipynb #b3c840cd
-import copy, functools, json, math, torch
+import copy, functools, json, math, torch, torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn, Tensor
@@ -55,7 +55,12 @@ class Block(nn.Module):
         self.shortcut = nn.Linear(n_in, n_out, bias=False) if n_in != n_out else nn.Identity()
 
     def forward(self, h:Tensor, cond:Tensor)->Tensor: # (B,n_in), (B,n_cond) -> (B,n_out)
-        change = self.main(torch.cat([h, cond], 1))
+        return self.after(h, self.main[0](torch.cat([h, cond], 1)))
+
+    def after(self, h:Tensor, first:Tensor)->Tensor: # (B,n_in), (B,n_out) -> (B,n_out)
+        "All that comes after the first layer, which alone hears the condition"
+        _, norm, act, last = self.main
+        change = last(act(norm(first)))
         return self.shortcut(h) + self.gate(change)*change
 
 # %% ../nbs/14_hyperldm.ipynb #743e1694
@@ -80,6 +85,19 @@ class NoiseNet(nn.Module):
         for block in self.blocks: z = block(z, cond)
         return self.out(torch.cat([z, cond], 1))
 
+    def given(self, e:Tensor): # (B,D) -> function of z (B,Z) and t (B,), or one step expanded, that gives (B,Z)
+        "The network for these questions: what they contribute to each layer is computed once, and what a step that is common to all contributes in one row"
+        split = [layer.weight.split([layer.in_features - self.width - 150, self.width, 150], 1) for layer in self._hearing()]
+        heard = [F.linear(e, of_e, layer.bias) for layer, (_, of_e, _) in zip(self._hearing(), split)]
+        def model(z, t):
+            when = time_embedding(t[:1] if t.stride(0) == 0 else t).to(e)
+            first = lambda i, h: torch.addmm(heard[i] + F.linear(when, split[i][2]), h, split[i][0].mT)
+            for i, block in enumerate(self.blocks): z = block.after(z, first(i, z))
+            return first(-1, z)
+        return model
+
+    def _hearing(self): return [*(block.main[0] for block in self.blocks), self.out]
+
 # %% ../nbs/14_hyperldm.ipynb #135f051f
 class HyperLDM(nn.Module):
     "A latent diffusion model of weights: a noise network, and the scale of the latents it was trained on"
@@ -93,20 +111,19 @@ class HyperLDM(nn.Module):
         self.register_buffer('mean', torch.zeros(latent)); self.register_buffer('std', torch.ones(latent))
 
     def denoise(self, z:Tensor, e:Tensor, gamma:float, # (B,Z) standard normal; (B,D); guidance scale
-                steps:int=25,
+                steps:int=25, sampler=sample_ddim,     # `sample_ddim` or `sample_dpm`
                 log_p=None, eta:float=0.,              # a classifier log p(e|z) (B,) of latents (B,Z), and its weight
                 recompute:bool=False)->Tensor:         # compute each step again for its gradient, and keep less memory -> (B,Z)
         "From noise to latents, guided by Eq. 10 and, with `log_p`, by Eq. 11 too; without `log_p`, gradients flow"
         net = functools.partial(checkpoint, self.net, use_reentrant=False) if recompute else self.net
         model = classifier_free(net, e, gamma)
         if log_p: model = classifier_guided(model, lambda z: log_p(self.mean + self.std*z), eta, self.schedule, self.kind)
-        return self.mean + self.std*sample_ddim(model, z, self.schedule, self.kind, steps)
+        return self.mean + self.std*sampler(model, z, self.schedule, self.kind, steps)
 
     @torch.no_grad()
-    def sample(self, e:Tensor, gamma:float, generator:torch.Generator, steps:int=25, log_p=None, eta:float=0.)->Tensor: # (B,D) -> (B,Z)
+    def sample(self, e:Tensor, gamma:float, generator:torch.Generator, **kw)->Tensor: # (B,D); `kw` goes to `denoise` -> (B,Z)
         "Algorithm 14: one latent for each task embedding, denoised from noise that `generator` draws"
-        z = torch.randn(len(e), len(self.mean), generator=generator).to(e.device)
-        return self.denoise(z, e, gamma, steps, log_p, eta)
+        return self.denoise(torch.randn(len(e), len(self.mean), generator=generator).to(e.device), e, gamma, **kw)
 
 # %% ../nbs/14_hyperldm.ipynb #24220208
 def imitation_loss(net, ldm:HyperLDM, # the noise network that learns; its scale, schedule and kind

@@ -97,6 +97,7 @@ class TaskBatch:
     e:Tensor            # (T,D) task embedding: CLIP feature of the question
 
     def __len__(self): return len(self.labels)
+    def __getitem__(self, rows): return TaskBatch(*(x[rows] for x in vars(self).values())) # some of its tasks; `rows` is a slice or a list
 
 # %% ../nbs/00_tasks.ipynb #f5a9cef0
 @dataclass

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from hyperclip_nb.adapt import accuracies, adapt, adapt_all, by_autograd, descend, evaluate, task_losses
+from hyperclip_nb.adapt import accuracies, adapt, adapt_all, by_autograd, descent, evaluate, task_losses
 from hyperclip_nb.adapter import Adapter
 from hyperclip_nb.hypernet import HyperNet
 from hyperclip_nb.multitask import fit, train_cond_multitask, train_multitask
@@ -151,5 +151,6 @@ def test_descent_by_hand_is_descent_by_autograd(s, N, D, H, A, own):
     batch = TaskBatch(images[torch.randint(7, (3, N), generator=g)], torch.randint(2, (3, N), generator=g), mask, answers[torch.randint(A, (3, A), generator=g)], answer_mask, torch.zeros(3, D, **double))
     adapter = Adapter(D, H, 10.)
     W = torch.randn(3, adapter.n_weights, generator=g, **double); W = W if own else W[0]
-    moved = by_autograd(adapter, W.expand(3, -1), batch, 6, .05) - W
-    assert (descend(adapter, W, batch, 6, .05) - W - moved).abs().max() <= 1e-8*moved.abs().max()
+    moved = by_autograd(adapter, W.expand(3, -1), batch, 17, .05) - W
+    with torch.no_grad(): change = descent(adapter, W, batch, 17, .05)           # enough steps for a basis to pay
+    assert (change - moved).abs().max() <= 1e-8*moved.abs().max() + 1e-16         # weights are of order 1: where all answers are the same, nothing moves

@@ -46,6 +46,18 @@ def test_guidance_of_one_is_the_conditional_model(kind):
     torch.testing.assert_close(ldm.sample(e, 1., seed(3), steps=10), 3 + 2*told, rtol=1e-4, atol=1e-4)
 
 
+@few
+@given(st.integers(1, 9), st.integers(0, 2**31 - 1))
+def test_what_is_given_once_is_not_forgotten(n, s):
+    "A network that was told the questions beforehand says the same, whether steps differ or are one number expanded; gradients reach its weights"
+    net, e, z = models()[1].net.double().requires_grad_(), questions(n).double(), torch.randn(n, Z, generator=seed(s)).double()
+    for t in torch.randint(350, (n,), generator=seed(s)), torch.full((), s % 350).expand(n):
+        close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        told, asked = net.given(e)(z, t), net(z, t.clone(), e)
+        close(told, asked)
+        for a, b in zip(*(torch.autograd.grad(x.square().sum(), list(net.parameters())) for x in (told, asked))): close(a, b)
+
+
 @pytest.mark.parametrize('kind', ['v', 'eps'])
 def test_a_classifier_is_asked_about_latents_and_followed(kind):
     _, ldm = models(kind)

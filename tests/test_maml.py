@@ -3,7 +3,9 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from hyperclip_nb.adapt import adapt, task_losses
 from hyperclip_nb.adapter import Adapter
-from hyperclip_nb.maml import HNet, inner_loop, maml_loss, split_batch, train_cond_hnet_maml, train_hnet_maml, train_mnet_maml
+from hyperclip_nb import maml
+from hyperclip_nb.hypernet import HyperNet
+from hyperclip_nb.maml import HNet, inner_loop, maml_loss, noted, split_batch, train_cond_hnet_maml, train_hnet_maml, train_mnet_maml
 from hyperclip_nb.multitask import FiLM, train_cond_film
 from hyperclip_nb.tasks import Features, TaskBatch, TaskData, make_task, texts_of
 
@@ -13,7 +15,6 @@ sizes = st.lists(st.tuples(st.integers(2, 7), st.integers(2, 5)), min_size=1, ma
 seeds = st.integers(0, 2**31 - 1)
 few = settings(max_examples=30, deadline=None)
 close = torch.testing.assert_close
-def same(W): return W
 def seed(n=0): return torch.Generator().manual_seed(n)
 
 
@@ -29,7 +30,6 @@ def make_batch(sizes, n, filling=0.):
     return TaskBatch(images, labels, mask, answers, answer_mask, e)
 
 
-def only(b, i): return TaskBatch(*(x[i:i+1] for x in vars(b).values()))
 def weights(n=0, *shape): return adapter.init(seed(n), shape).double()
 def slope(f, x, direction, eps=1e-6): return ((f(x + eps*direction) - f(x - eps*direction))/(2*eps)).detach()
 
@@ -37,10 +37,13 @@ def slope(f, x, direction, eps=1e-6): return ((f(x + eps*direction) - f(x - eps*
 batches = make_batch([(6, 3), (5, 2), (4, 3)], 0), make_batch([(5, 3), (5, 2), (3, 3)], 1)
 
 
-def after(start, steps, second_order=True, decode=same):
+def read(decode, v): return decode(v) if decode else v
+
+
+def after(start, steps, second_order=True, decode=None):
     "Mean query loss after adaptation to the support images"
-    v = inner_loop(adapter, decode, start.expand(3, -1), batches[0], torch.tensor(steps), 1., second_order)
-    return task_losses(adapter, decode(v), batches[1]).mean()
+    v = inner_loop(adapter, decode, start, batches[0], torch.tensor(steps), 1., second_order)
+    return task_losses(adapter, read(decode, v), batches[1]).mean()
 
 
 def gradient(f, x):
@@ -52,14 +55,14 @@ def gradient(f, x):
 def test_gradient(steps):
     "MAML's is the numerical derivative, entry by entry; FOMAML's is the gradient at the adapted point, which is another"
     W, h = weights(3), HNet(adapter.n_weights, latent=3, hidden=8, generator=seed(4)).double()
-    for start, decode in (W, same), (h.z0.detach(), h.decode):
+    for start, decode in (W, None), (h.z0.detach(), h.decode):
         maml, fomaml = (lambda v, so=so: after(v, steps, so, decode) for so in (True, False))
         exact, first = gradient(maml, start), gradient(fomaml, start)
         close(exact, torch.stack([slope(maml, start, d) for d in torch.eye(len(start), dtype=torch.float64)]), rtol=1e-5, atol=1e-7)
         assert (exact - first).norm() > 1e-2*exact.norm()
         close(maml(start), fomaml(start))
-        there = inner_loop(adapter, decode, start.expand(3, -1), batches[0], torch.tensor(steps), 1., False)
-        close(first, gradient(lambda v: task_losses(adapter, decode(v), batches[1]).mean(), there).sum(0))
+        there = inner_loop(adapter, decode, start, batches[0], torch.tensor(steps), 1., False)
+        close(first, gradient(lambda v: task_losses(adapter, read(decode, v), batches[1]).mean(), there).sum(0))
 
 
 def test_gradient_of_the_hypernetwork():
@@ -79,14 +82,31 @@ def test_gradient_of_the_hypernetwork():
         assert (first@direction - expected).abs() > 1e-3*expected.abs()
 
 
+def test_gradient_of_notes():
+    "One product at the end is the sum of all those that it stands for, whatever the steps, also where no task makes any"
+    h = HyperNet(3, adapter.n_weights, hidden=8, generator=seed(4)).double()
+    z = torch.randn(3, 3, generator=seed(5), dtype=torch.float64)
+    for steps in (4, 2, 1), (3, 0, 0), (0, 0, 0):
+        grads = [torch.autograd.grad(after(z, steps, decode=decode), list(h.parameters())) for decode in (h, noted(h))]
+        for a, b in zip(*grads): close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_tasks_in_bites(monkeypatch):
+    "As many tasks at once as a cache takes: the same loss and gradient"
+    W, b = weights(3).requires_grad_(), make_batch([(6, 3), (9, 2), (5, 4), (7, 2), (8, 3)], 5)
+    whole = maml_loss(adapter, None, lambda e: W, b, .5, 4, seed())
+    monkeypatch.setattr(maml, 'at_once', lambda *_: 2)
+    parts = maml_loss(adapter, None, lambda e: W, b, .5, 4, seed())
+    close(whole, parts); close(*(torch.autograd.grad(loss, W)[0] for loss in (whole, parts)))
+
+
 def test_no_steps_is_the_plain_loss():
     W, plain = weights(3), lambda W: task_losses(adapter, W, batches[1]).mean()
     for second_order in (True, False):
         close(after(W, (0, 0, 0), second_order), plain(W))
         close(gradient(lambda W: after(W, (0, 0, 0), second_order), W), gradient(plain, W))
     b = make_batch([(6, 3), (9, 2)], 5)
-    start = lambda e: W.expand(len(e), -1)
-    close(maml_loss(adapter, same, start, b, 1., 0, seed()), task_losses(adapter, W, split_batch(b, seed())[1]).mean())
+    close(maml_loss(adapter, None, lambda e: W, b, 1., 0, seed()), task_losses(adapter, W, split_batch(b, seed())[1]).mean())
 
 
 @few
@@ -96,12 +116,12 @@ def test_tasks_do_not_know_of_each_other(sizes, n, filling, data):
     b, W = make_batch(sizes, n, filling), weights(n).requires_grad_()
     T, steps = len(sizes), sorted((data.draw(st.integers(0, 5)) for _ in sizes), reverse=True)
     def run(batch, steps):
-        v = inner_loop(adapter, same, W.expand(len(batch), -1), batch, torch.tensor(steps), .5)
+        v = inner_loop(adapter, None, W, batch, torch.tensor(steps), .5)
         return v, torch.autograd.grad(task_losses(adapter, v, batch).mean(), W, retain_graph=True)[0]
     together, grad = run(b, steps)
     singles = []
     for i, (k, (N, A)) in enumerate(zip(steps, sizes)):
-        one = only(b, i)
+        one = b[i:i+1]
         one = TaskBatch(one.images[:, :N], one.labels[:, :N], one.mask[:, :N], one.answers[:, :A], one.answer_mask[:, :A], one.e)
         v, g = run(one, [k])
         close(together[i:i+1], v)
@@ -109,7 +129,7 @@ def test_tasks_do_not_know_of_each_other(sizes, n, filling, data):
         singles.append(g)
     close(grad, torch.stack(singles).mean(0))
     order = sorted(range(T), key=lambda i: (-steps[i], -i))             # equal steps in the opposite order
-    turned = TaskBatch(*(x[order] for x in vars(b).values()))
+    turned = b[order]
     close(run(turned, steps)[1], grad)
 
 
@@ -133,8 +153,7 @@ def test_padding_never_matters():
     W = weights(3)
     def loss(filling):
         b = make_batch([(9, 3), (4, 2), (6, 4)], 2, filling)
-        start = lambda e: W.expand(len(e), -1)
-        return maml_loss(adapter, same, start, b, 1., 4, seed())
+        return maml_loss(adapter, None, lambda e: W, b, 1., 4, seed())
     close(loss(0.), loss(1e3), rtol=1e-9, atol=0)
 
 
