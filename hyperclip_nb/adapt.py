@@ -114,9 +114,9 @@ def accuracies(logits:Tensor, labels:Tensor, mask:Tensor)->Tensor: # (T,)
 def evaluate(adapter:Adapter, W:Tensor, # (P,), (T,P) or (T,K,P); of K networks, the mean of their probabilities answers
              data:TaskData, part:str='query')->np.ndarray: # (T,) percent
     "Accuracy on each task's query set; the figure of a method is the plain mean"
-    W = W.expand(len(data), *W.shape[-2:] if W.ndim == 3 else W.shape[-1:]); out = np.zeros(len(data))
+    out = np.zeros(len(data))
     for rows in buckets(data.size[part]):
-        b = data.batch(rows, part)
-        scores = adapter.logits(W[rows], b) if W.ndim == 2 else sum(adapter.logits(w, b).softmax(-1) for w in W[rows].unbind(1))
+        b, w = data.batch(rows, part), W if W.ndim == 1 else W[rows]
+        scores = adapter.logits(w, b) if W.ndim < 3 else sum(adapter.logits(v, b).softmax(-1) for v in w.unbind(1))
         out[rows] = 100*accuracies(scores, b.labels, b.mask).cpu().numpy()
     return out

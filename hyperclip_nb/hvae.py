@@ -104,5 +104,5 @@ def train_hvae(adapter:Adapter, weights:Tensor, # (T,K,P) adapted weights
         opt.zero_grad(); (error + kl_weight*kl + ce_weight*task).backward()
         torch.nn.utils.clip_grad_norm_(hvae.parameters(), clip)
         opt.step(); schedule.step()
-        history.append(dict(error=error.item(), kl=kl.item(), task=task.item()))
-    return hvae.eval().requires_grad_(False), history
+        history.append(torch.stack([error, kl, task.to(kl)]).detach())          # read when all is done: nobody waits for them
+    return hvae.eval().requires_grad_(False), [dict(zip(('error', 'kl', 'task'), h)) for h in torch.stack(history).tolist()]

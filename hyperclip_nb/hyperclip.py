@@ -46,13 +46,13 @@ def train_hyperclip(weights:Tensor, # (T,K,P) adapted weights
     for _ in progress(range(steps)):
         some = rows[torch.randperm(len(rows), generator=generator)[:batch]]
         W = weights[some, torch.randint(weights.shape[1], (len(some),), generator=generator)]
-        W = W + noise*net.scale*torch.randn(W.shape, generator=generator).to(W.device)
+        if noise: W = W + noise*net.scale*torch.randn(W.shape, generator=generator).to(W.device)
         loss = contrastive_loss(net(W), E[some], scale)
         opt.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 10.)
         opt.step()
-        history.append(loss.item())
-    return net.eval().requires_grad_(False), history
+        history.append(loss.detach())
+    return net.eval().requires_grad_(False), torch.stack(history).tolist()
 
 # %% ../nbs/10_hyperclip.ipynb #2ca0e675
 def infer_task(net:HyperCLIP, W:Tensor, e:Tensor)->Tensor: # (T,P), (C,D) -> (T,C)

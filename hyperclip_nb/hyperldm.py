@@ -11,6 +11,7 @@ import copy, functools, json, math, torch, torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn, Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from .tasks import write_whole
 from .adapter import Adapter
@@ -34,8 +35,8 @@ def train_regression(mu:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights; 
         opt.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 10.)
         opt.step(); rate.step()
-        history.append(loss.item())
-    return net.eval().requires_grad_(False), history
+        history.append(loss.detach())
+    return net.eval().requires_grad_(False), torch.stack(history).tolist()
 
 # %% ../nbs/14_hyperldm.ipynb #dac6484d
 def time_embedding(t:Tensor, # (B,) steps
@@ -157,10 +158,9 @@ def train_hyperldm(mu:Tensor, log_var:Tensor, # (T,K,Z) latents of adapted weigh
         opt.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 10.)
         opt.step(); rate.step()
-        with torch.no_grad():
-            for a, b in zip(average.parameters(), net.parameters()): a.lerp_(b, 1 - min(ema, (1 + i)/(10 + i)))
-        history.append(loss.item())
-    return ldm.eval(), history
+        get_ema_multi_avg_fn(min(ema, (1 + i)/(10 + i)))(list(average.parameters()), list(net.parameters()), i)
+        history.append(loss.detach())
+    return ldm.eval(), torch.stack(history).tolist()
 
 # %% ../nbs/14_hyperldm.ipynb #98377eac
 def save_hyperldm(path, adapter:Adapter, hvae:HVAE, ldm:HyperLDM,

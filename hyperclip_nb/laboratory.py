@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOBS', 'THIRDS', 'STANDARD', 'TEAMS', 'guided', 'draw_weights', 'benches', 'laboratory', 'best_settings',
-           'laboratory_figure', 'ensemble']
+           'laboratory_figure', 'few_steps', 'steps_table', 'ensemble']
 
 # %% ../nbs/21_laboratory.ipynb #51349bcd
 from types import SimpleNamespace
@@ -94,6 +94,26 @@ def laboratory_figure(found:pd.DataFrame)->Figure:
         ax.set(xlabel=label, ylabel='accuracy, %', title=title); ax.legend(fontsize=7)
     sns.despine(fig); fig.tight_layout()
     return fig
+
+# %% ../nbs/21_laboratory.ipynb #6d6c0145
+def few_steps(lab:Lab, seeds=(0,), gamma:float=1.5, draws:int=4)->pd.DataFrame: # how often each task is sampled
+    "For each sampler and number of steps: the distance from the walk of 350 steps, and accuracy on validation and test tasks"
+    walks, rows = [('ddim', 350), *((s, n) for s in ('ddim', 'dpm') for n in (1, 2, 4, 6, 8, 12, 25, 50))], []
+    for seed in lab.each(seeds):
+        m = Models(lab, seed); ldm = m.hyperldm
+        def latents(data, sampler, n): # (draws,T,Z)
+            kw = dict(steps=n, sampler=dict(ddim=sample_ddim, dpm=sample_dpm)[sampler])
+            return torch.stack([ldm.sample(data.e, gamma, torch.Generator().manual_seed(k), **kw) for k in range(draws)])
+        whole = latents(m.data['valid'], 'ddim', 350)
+        for sampler, n in lab.track(walks, 'steps'):
+            z = {part: latents(m.data[part], sampler, n) for part in ('valid', 'test')}
+            score = {part: sum(evaluate(lab.adapter, m.hvae.decode(one), m.data[part]).mean() for one in z[part])/draws for part in z}
+            rows.append(dict(seed=seed, sampler=sampler, steps=n, distance=((z['valid'] - whole)/ldm.std).square().mean().sqrt().item(), **score))
+    return pd.DataFrame(rows)
+
+def steps_table(found:pd.DataFrame)->pd.DataFrame:
+    "Means over seeds, and the s.d. of accuracy"
+    return found.groupby(['sampler', 'steps'], sort=False).agg(distance=('distance', 'mean'), valid=('valid', 'mean'), valid_sd=('valid', 'std'), test=('test', 'mean'), test_sd=('test', 'std')).reset_index()
 
 # %% ../nbs/21_laboratory.ipynb #6b82a0b6
 TEAMS = {'strong': ('cond-multitask-strong',), 'plain': ('hvae-hyperldm',), 'tuned': ('hvae-hyperldm-tuned',), 'strong and tuned': ('cond-multitask-strong', 'hvae-hyperldm-tuned')}

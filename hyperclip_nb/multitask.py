@@ -8,6 +8,7 @@ __all__ = ['fit', 'train_multitask', 'train_cond_multitask', 'FiLM', 'train_cond
 # %% ../nbs/07_multitask.ipynb #106bb847
 import torch
 from torch import nn, Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from .adapt import evaluate, task_losses
 from .adapter import Adapter
 from .hypernet import HyperNet
@@ -49,10 +50,9 @@ def fit(params,   # tensors to learn
             opt.zero_grad(); now.backward()
             torch.nn.utils.clip_grad_norm_(params, 10.)
             opt.step(); step += 1
-            with torch.no_grad():
-                for a, p in zip(average, params): a.lerp_(p, 1 - min(ema, step/(9 + step)))
-            total += now.item()*len(some)
-        accuracy = exam(); history.append(dict(loss=total/len(rows), accuracy=accuracy))
+            get_ema_multi_avg_fn(min(ema, step/(9 + step)))(average, params, step)
+            total += now.detach()*len(some)      # a number that is not asked for yet makes a GPU wait for nobody
+        accuracy = exam(); history.append(dict(loss=float(total)/len(rows), accuracy=accuracy))
         if accuracy > best: best, kept = accuracy, [a.clone() for a in average]
     put(kept)
     return history
