@@ -21,7 +21,7 @@ from .tasks import Features, Task, TaskData, sample_pairs, texts_of
 from .adapter import Adapter
 from .adapt import accuracies, adapt_all, evaluate, task_losses
 from .maml import HNet, maml_loss, split_batch
-from .hvae import HVAE, draw, kl_divergence, train_hvae
+from .hvae import HVAE, draw, in_half, kl_divergence, train_hvae
 from .hyperclip import HyperCLIP, contrastive_loss, train_hyperclip
 from .ddpm import diffusion_loss, linear_schedule, sample_ddpm, sample_dpm
 from .hyperldm import HyperLDM, NoiseNet, train_hyperldm
@@ -284,7 +284,7 @@ def stages(preset:str, width:int, device:str='cpu', tasks:int=64, free:float=np.
                      1/part, lambda: lambda: plain_sample(ldm, data.e[:1], 1.5, g, linear_schedule(350//part).to(device)), 4*size(ldm.net)*FEW['steps']/tasks)
     return dict(adaptation=adaptation, evaluation=evaluation, maml=maml, hnet_maml=hnet_maml, hvae=hvae, hyperclip=hyperclip, hyperldm=hyperldm, sampling=sampling)
 
-FEW = dict(sampler=sample_dpm, steps=8)   # as good as 350 steps: the laboratory has the table
+FEW = dict(sampler=sample_dpm, steps=6)   # as good as 350 steps: the laboratory has the table
 
 # %% ../nbs/22_bench.ipynb #614cee8e
 def bench(preset:str='default', width:int=96, which=None, repeats:int=5, device:str='cpu', track=lambda steps, what: steps)->dict: # names of stages; all where None
@@ -293,7 +293,7 @@ def bench(preset:str='default', width:int=96, which=None, repeats:int=5, device:
     for name in which or ():
         if name not in made: raise ValueError(f'unknown stage {name!r}: use some of {", ".join(made)}')
     for name in track(list(which or made), 'bench'):
-        with torch.autocast('cuda', torch.bfloat16, enabled=device == 'cuda' and name in HALF):
+        with in_half(device == 'cuda' and name in HALF):
             stage, found = made[name](), {}
             flops = operations(lambda: found.update(memory=peak(lambda: stage.ours(first(2)), device)))/2/stage.units   # these turns do not count
             found['plain_memory'] = peak(lambda: found.update(plain=stage.plain()) or found['plain'](), device)

@@ -30,7 +30,7 @@ from .adapt import adapt_all, evaluate
 from .hypernet import HyperNet
 from .multitask import FiLM, train_cond_film, train_cond_multitask, train_multitask
 from .maml import HNet, train_cond_hnet_maml, train_hnet_maml, train_mnet_maml
-from .hvae import HVAE, adapted_weights, mlp, train_hvae
+from .hvae import HVAE, adapted_weights, in_half, mlp, train_hvae
 from .hyperclip import HyperCLIP, train_hyperclip
 from .guidance import fit_to_question, guide
 from .hyperldm import HyperLDM, save_hyperldm, train_hyperldm, train_regression
@@ -173,7 +173,7 @@ class Stages:
             kw = dict(self.preset[settings or stage], generator=generator(self.seed, stage.split('-')[0]), progress=lambda steps: self.lab.track(steps, stage.replace('_', ' ')))
             if told: kw['rows'] = self.rows
             if longer: kw['epochs'] = round(kw['epochs']/self.share**.5)       # fewer tasks make shorter epochs
-            with torch.enable_grad(), torch.autocast('cuda', torch.bfloat16, enabled=self.lab.device == 'cuda' and stage in HALF): out = make(**kw)
+            with torch.enable_grad(), in_half(self.lab.device == 'cuda' and stage in HALF): out = make(**kw)
             if path: write_whole(path, save({k: v.contiguous() for k, v in _state(out).items()}))
         self.lab.kept[name] = out
         return out
