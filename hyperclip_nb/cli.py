@@ -30,6 +30,7 @@ def main():
         print('stopped: the same command goes on where it was', file=sys.stderr)
         sys.exit(130)
 
+# %% ../nbs/23_cli.ipynb #3b2f728d
 def command():
     "`main` for the shell: imports are not searched for garbage, and at the end nobody tidies up memory that goes anyway. Both take PyTorch seconds"
     gc.set_threshold(100_000, 50, 100)
@@ -192,9 +193,11 @@ def _question(question:str, answers:Optional[str]): # -> Concept or None, statem
     "Turn a question into a statement with a gap, and find what may fill it"
     from hyperclip_nb import world
     if not question.strip(): raise ValueError('the question is empty: ask something, such as "What color is the large star?"')
-    from hyperclip_nb.metavqa import statement
     concept = world.read(question)
-    prompt = world.spell(concept)[1] if concept else statement(question)
+    if concept: prompt = world.spell(concept)[1]
+    else:
+        from hyperclip_nb.metavqa import statement
+        prompt = statement(question)
     named = [a.strip() for a in (answers or '').split(',') if a.strip()]
     if answers is not None and len(set(named)) < 2: raise ValueError('give at least two different answers, such as --answers red,green')
     if not named and not concept: raise ValueError('this is not a question about scenes, so say what may be answered: --answers red,green,blue')

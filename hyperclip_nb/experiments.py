@@ -187,7 +187,7 @@ class Stages:
         except Exception as e: raise ValueError(f'{path} cannot be read ({str(e).splitlines()[0]}): remove it, and it is trained again') from None
 
 # %% ../nbs/18_experiments.ipynb #9966f443
-HALF = 'hvae', 'hyperclip', 'hnet_hyperclip', 'hyperldm', 'hnet_hyperldm'  # trained with products in bfloat16 on a GPU
+HALF = 'hvae', 'hyperclip', 'hnet_hyperclip', 'hyperldm', 'hnet_hyperldm'  # trained with products in bfloat16 on a GPU, `in_half`
 
 # %% ../nbs/18_experiments.ipynb #93d26f6d
 class Unread(Stages):

@@ -7,7 +7,7 @@ from torch import nn
 from hyperclip_nb import hyperldm as module
 from hyperclip_nb.adapter import Adapter
 from hyperclip_nb.ddpm import sample_ddim
-from hyperclip_nb.hvae import HVAE, draw, kl_divergence
+from hyperclip_nb.hvae import HVAE, draw, in_half, kl_divergence
 from hyperclip_nb.hyperldm import HyperLDM, NoiseNet, load_hyperldm, save_hyperldm, train_hyperldm, train_regression
 
 D, Z = 6, 4
@@ -44,6 +44,15 @@ def test_guidance_of_one_is_the_conditional_model(kind):
     e, z = questions(5), torch.randn(5, Z, generator=seed(3))
     told = sample_ddim(lambda z, t: ldm.net(z, t, e), z, ldm.schedule, kind, 10)
     torch.testing.assert_close(ldm.sample(e, 1., seed(3), steps=10), 3 + 2*told, rtol=1e-4, atol=1e-4)
+
+
+def test_training_in_half_precision_learns():
+    "A block around a whole training must not keep the first step's weights"
+    mu, e = torch.randn(40, 2, Z, generator=seed(1)), questions(40)
+    losses = {}
+    for on in False, True:
+        with in_half(on, 'cpu'): _, losses[on] = train_regression(mu, e, steps=60, lr=1e-2, generator=seed(2))
+    assert losses[False][-1] < .7*losses[False][0] and abs(losses[True][-1] - losses[False][-1]) < .05*losses[False][0]
 
 
 @few
