@@ -20,31 +20,25 @@ def task_losses(adapter:Adapter, W:Tensor, # (P,) or (T,P)
 
 # %% ../nbs/05_adapt.ipynb #b9d88d08
 @torch.enable_grad()
-def by_autograd(adapter:Adapter, v:Tensor, # (T,V): where to start
-                batch:TaskBatch, steps:int, lr:float,
-                decode=lambda W: W)->Tensor: # from v (T,V) to weights (T,P) -> (T,V)
-    "Eq. 2, `steps` times, for whatever weights are made of"
+def by_autograd(adapter:Adapter, W:Tensor, # (T,P): where to start
+                batch:TaskBatch, steps:int, lr:float)->Tensor: # (T,P)
+    "Eq. 2, `steps` times, the short way to write it"
     for _ in range(steps):
-        v = v.detach().requires_grad_()
-        v = v - lr*torch.autograd.grad(task_losses(adapter, decode(v), batch).sum(), v)[0]
-    return v.detach()
+        W = W.detach().requires_grad_()
+        W = W - lr*torch.autograd.grad(task_losses(adapter, W, batch).sum(), W)[0]
+    return W.detach()
 
 # %% ../nbs/05_adapt.ipynb #070d5fa1
-def reach(x:Tensor,      # (T,N,D) vectors of each task
-          base:Tensor)->Tensor: # (D,k) orthonormal columns that all tasks share -> (T,D,k+N)
-    "An orthonormal basis of what `x` and `base` span, for each task"
-    Q = x.mT
-    for _ in range(2): Q = torch.linalg.qr(Q - base@(base.T@Q)).Q   # twice: where vectors repeat, the first pass leaves directions that lean on the base
-    return torch.cat([base.expand(len(x), -1, -1), Q], -1)
-
-def _basis(adapter, W, x, a, steps): # -> (T,D,r), or None where there is nothing to be gained
-    "A basis of all that descent can change in the second layer"
-    used = adapter.hidden + 1 + x.shape[1] + a.shape[1]
-    if steps < 16 or used >= adapter.width: return None                             # it costs as much as some steps do
-    if torch.is_grad_enabled() or W.ndim > 1: return None                           # a gradient may point anywhere; tasks with starts of their own share no base
+def reach(adapter:Adapter, W:Tensor,  # (P,) or (T,P)
+          x:Tensor, a:Tensor)->Tensor: # (T,N,D), (T,A,D): images and answers -> (T,D,r)
+    "An orthonormal basis of all that descent can reach in the second layer, for each task"
     w = adapter.split(W)
-    Q = reach(torch.cat([x, a], 1), torch.linalg.qr(torch.cat([w['W2'], w['b2'][:, None]], 1)).Q)
-    return F.pad(Q, (0, -used % 32))                                                # products like round sizes
+    start = torch.cat([w['W2'], w['b2'].unsqueeze(-1)], -1).expand(len(x), -1, -1)
+    Q = torch.linalg.qr(torch.cat([start, x.mT, a.mT], -1)).Q
+    return F.pad(Q, (0, -Q.shape[-1] % 32))        # products like round sizes
+
+def _short(adapter, x, a, steps): # is there anything to be gained?
+    return steps >= 16 and not torch.is_grad_enabled() and adapter.hidden + 1 + x.shape[1] + a.shape[1] < adapter.width
 
 # %% ../nbs/05_adapt.ipynb #5770d014
 def _uphill(u, a, right, hidden, share, temperature): # (T,N,r), (T,A,r), three that fit (T,A,N) -> (T,N,r)
@@ -61,7 +55,7 @@ def descent(adapter:Adapter, W:Tensor, # (P,) or (T,P): where to start
     "What `steps` times Eq. 2 adds to the weights, by hand-derived gradients; gradients flow back through all of it"
     w, x, a, H, tau = adapter.split(W), batch.images, F.normalize(batch.answers, dim=-1), adapter.hidden, adapter.temperature
     each = torch.as_tensor(steps, device=x.device).view(-1, 1, 1); most = int(each.max())
-    Q, x1, bias = _basis(adapter, W, x, a, most), x/adapter.width**.5, lambda b: b.unsqueeze(-2)
+    Q, x1, bias = reach(adapter, W, x, a) if _short(adapter, x, a, most) else None, x/adapter.width**.5, lambda b: b.unsqueeze(-2)
     to, back = (lambda v: v, lambda v: v) if Q is None else (lambda v: v@Q, lambda v: v@Q.mT)
     K, q = 1 + x1@x1.mT, x1@w['W1'].mT + bias(w['b1'])                      # (T,N,N), (T,N,H)
     x2, old, a = to(x + bias(w['b2'])), to(w['W2'].mT/H**.5), to(a)         # (T,N,r), (T,H,r), (T,A,r)
@@ -81,12 +75,17 @@ def descent(adapter:Adapter, W:Tensor, # (P,) or (T,P): where to start
     return torch.cat([(-lr*Sq.mT@x1).flatten(1), -lr*Sq.sum(1), H**.5*back(V - old).mT.flatten(1), -lr*back(Su)[:, 0]], 1)
 
 # %% ../nbs/05_adapt.ipynb #1e14bd5b
+@torch.no_grad()
 def adapt(adapter:Adapter, v:Tensor, # (V,) or (T,V): where to start
           batch:TaskBatch, steps:int=50, lr:float=.3,
           decode=None)->Tensor: # from v (T,V) to weights (T,P), where it is not W that is adapted -> (T,V)
     "Eq. 2, `steps` times: gradient descent of every task on its own loss"
-    if decode: return by_autograd(adapter, v.expand(len(batch), -1), batch, steps, lr, decode)
-    with torch.no_grad(): return v + descent(adapter, v, batch, steps, lr)
+    if decode is None: return v + descent(adapter, v, batch, steps, lr)
+    v = v.expand(len(batch), -1)
+    for _ in range(steps):
+        with torch.enable_grad(): W = decode(v := v.detach().requires_grad_())
+        v = v + torch.autograd.grad(W, v, descent(adapter, W, batch, 1, lr))[0]
+    return v.detach()
 
 # %% ../nbs/05_adapt.ipynb #ce885e22
 def at_once(adapter:Adapter, device='cpu')->int:
