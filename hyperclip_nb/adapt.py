@@ -55,6 +55,7 @@ def descent(adapter:Adapter, W:Tensor, # (P,) or (T,P): where to start
     "What `steps` times Eq. 2 adds to the weights, by hand-derived gradients; gradients flow back through all of it"
     w, x, a, H, tau = adapter.split(W), batch.images, F.normalize(batch.answers, dim=-1), adapter.hidden, adapter.temperature
     each = torch.as_tensor(steps, device=x.device).view(-1, 1, 1); most = int(each.max())
+    if not most: return x.new_zeros(len(x), adapter.n_weights)
     Q, x1, bias = reach(adapter, W, x, a) if _short(adapter, x, a, most) else None, x/adapter.width**.5, lambda b: b.unsqueeze(-2)
     to, back = (lambda v: v, lambda v: v) if Q is None else (lambda v: v@Q, lambda v: v@Q.mT)
     K, q = 1 + x1@x1.mT, x1@w['W1'].mT + bias(w['b1'])                      # (T,N,N), (T,N,H)
@@ -90,7 +91,7 @@ def adapt(adapter:Adapter, v:Tensor, # (V,) or (T,V): where to start
 # %% ../nbs/05_adapt.ipynb #ce885e22
 def at_once(adapter:Adapter, device='cpu')->int:
     "How many tasks to compute with together: on a CPU as many as have their second layers in its cache, two megabytes"
-    return 128 if str(device) == 'cuda' else min(128, max(1, 2**19//(adapter.hidden*adapter.width)))
+    return 128 if str(device).startswith('cuda') else min(128, max(1, 2**19//(adapter.hidden*adapter.width)))
 
 def adapt_all(adapter:Adapter, v:Tensor, # (V,) or (T,V)
               data:TaskData, mask:Tensor, # (T, longest) the pairs to learn from

@@ -30,7 +30,7 @@ from .experiments import HALF, PRESETS, STAGES
 
 # %% ../nbs/22_bench.ipynb #fe17faf5
 def _wait(device):
-    if str(device) == 'cuda': torch.cuda.synchronize()
+    if str(device).startswith('cuda'): torch.cuda.synchronize()
 
 def seconds(f:Callable, device='cpu')->float:
     "The time of a call"
@@ -44,7 +44,7 @@ def _available():
 
 def rates(device='cpu')->dict: # flops and bytes a second, as measured; memory in bytes, free
     "What this machine can do: large float32 products (bfloat16 on a GPU), copies, free memory"
-    gpu = str(device) == 'cuda'
+    gpu = str(device).startswith('cuda')
     if gpu: torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] if gpu else _available()
     x = torch.randn(*(2*[8192 if gpu else 1024]), device=device, dtype=torch.bfloat16 if gpu else torch.float32)
@@ -75,10 +75,10 @@ def costs(preset:dict,           # as in PRESETS
     rows = {'multitask': ('task step', T_steps('multitask'), 3*net(N), 0, P),
             'mnet_maml': ('task step', T_steps('mnet_maml'), maml(net(2*N/3)), 0, P),
             'mnet_fomaml': ('task step', T_steps('mnet_fomaml'), maml(net(2*N/3), 3), 0, P),
-            'hnet_maml': ('task step', T_steps('hnet_maml'), maml(net(2*N/3) + hyper(64)), adam*head(64), head(64)),
+            'hnet_maml': ('task step', T_steps('hnet_maml'), maml(net(2*N/3) + hyper(64)) + 3*hyper(64), adam*head(64), head(64)),
             'cond_multitask': ('task step', T_steps('cond_multitask'), 3*(net(N) + hyper(D)), adam*head(D), head(D)),
             'cond_film': ('task step', T_steps('cond_film'), 3*net(N), 0, P + 2*H*(D + 1)),
-            'cond_hnet_maml': ('task step', T_steps('cond_hnet_maml'), maml(net(2*N/3) + hyper(D)), adam*head(D), head(D)),
+            'cond_hnet_maml': ('task step', T_steps('cond_hnet_maml'), maml(net(2*N/3) + hyper(D)) + 3*hyper(D), adam*head(D), head(D)),
             'cond_strong': ('task step', 5*T_steps('cond_strong'), 3*(net(N) + hyper(D, 512)), adam*head(D, 512), head(D, 512)),
             'weights': ('task step', p['weights']['splits']*p['weights']['steps']*T, hand(.83*images), 0, P),
             'hnet_latents': ('task step', p['hnet_latents']['splits']*p['hnet_latents']['steps']*T, 3*(net(.83*images) + hyper(64)), 0, head(64)),
@@ -217,7 +217,7 @@ def _forget_peak():
 def peak(f:Callable, device='cpu')->int:
     "By how many bytes memory grows at most while a call runs"
     gc.collect()
-    if str(device) == 'cuda':
+    if str(device).startswith('cuda'):
         torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated(); f()
         return torch.cuda.max_memory_allocated() - before
     _forget_peak(); before = _resident(); f()
@@ -262,7 +262,7 @@ def maml(b:Bench)->Stage:
                  len(b.few), lambda: lambda: plain_maml(b.f, lambda W: W, W, b.few, range(len(b.few)), .01, 5, b.again()), 8*b.P + 4*b.D*min(b.N, 64))
 
 def hnet_maml(b:Bench)->Stage:
-    net = HNet(b.P, generator=b.g).to(b.device); rows = range(2 if b.P > 100_000 else len(b.few))
+    net = HNet(b.P, generator=b.g).to(b.device); rows = (2, 5) if b.P > 100_000 else range(len(b.few))       # of eight, in the order of their size
     def run():
         net.zero_grad()
         maml_loss(b.f, net.h, lambda e: net.z0.expand(len(e), -1), sample_pairs(b.data, range(32), 64, b.again()), .01, 10, b.again()).backward()

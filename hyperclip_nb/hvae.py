@@ -108,7 +108,7 @@ def train_hvae(adapter:Adapter, weights:Tensor, # (T,K,P) adapted weights
     return hvae.eval().requires_grad_(False), [dict(zip(('error', 'kl', 'task'), h)) for h in torch.stack(history).tolist()]
 
 # %% ../nbs/09_hvae.ipynb #5738f58f
-def in_half(on:bool,             # else nothing is changed
+def in_half(on:bool,             # else they are computed in full
             device:str='cuda'):
     "A block in which products are computed in bfloat16; it may be put around a whole training"
     return torch.autocast(device, torch.bfloat16, enabled=on, cache_enabled=False)

@@ -70,7 +70,7 @@ class _Gathered(torch.autograd.Function):
         return B.view_as(B)
     @staticmethod
     def backward(ctx, _):
-        left, right = (torch.cat(x) for x in zip(*ctx.notes))
+        left, right = (torch.cat(x) for x in zip(*ctx.notes)); ctx.notes.clear()
         return left.mT@right, None
 
 class _Product(torch.autograd.Function):
