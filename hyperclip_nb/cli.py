@@ -379,8 +379,9 @@ def bench(preset:str=PRESET, width:int=WIDTH, stages:str=typer.Option('', help='
     with _progress() as progress: found = costs.bench(_preset(preset), _width(width, preset), [s.strip() for s in stages.split(',')] if stages else None, repeats, _device(device), _tracker(progress))
     if json: print(json_.dumps(found, indent=1)); return
     m, table = found['machine'], costs.bench_table(found).map(lambda x: x if isinstance(x, str) else f'{x:,.0f}' if x >= 100 else f'{x:.3g}').reset_index()
-    _print(table[['stage', 'unit', 'ours', 'plain', 'ratio']], f'{preset} on {found["device"]}, {found["threads"]} thread(s): units a second')
-    _print(table.drop(columns=['unit', 'plain', 'ratio']), f'At {m["flops"]/1e9:,.0f} GFLOP/s and {m["bytes"]/1e9:,.0f} GB/s', 'ours, and the most that either rate allows, in units a second; away: how many times longer we take than the lower of the two allows. GiB: by how much memory grows')
+    for r in found['stages']: console.print(f'{r["stage"]}: {r["work"]}; {r["seconds"]:.3g} s for one of the {r["unit"]}', highlight=False)
+    _print(table[['stage', 'unit', 'ours', 'plain', 'ratio']], f'{preset} on {found["device"]}, {found["threads"]} thread(s): units a second, medians of {repeats}')
+    _print(table.drop(columns=['unit', 'ours', 'plain', 'ratio']), f'At {m["flops"]/1e9:,.0f} GFLOP/s and {m["bytes"]/1e9:,.0f} GB/s', 'by arithmetic, by traffic: the most units a second that either rate allows; away: how many times longer we take than the lower of the two. GiB: by how much memory grows')
 
 @app.command()
 def threads(json:bool=typer.Option(False, '--json', help='print JSON')):
