@@ -170,8 +170,8 @@ def laboratory(out:Path=OUT, seeds:int=SEEDS, device:str=DEVICE):
     with _progress() as progress: found = bench.laboratory(_lab(out, progress, device), range(seeds))
     _keep_table(found, bench.best_settings(found), bench.laboratory_figure(found), out/'laboratory', 'The three best settings of each bench, by accuracy (%) on validation tasks')
 
-@app.command()
-def steps(out:Path=OUT, seeds:int=SEEDS, device:str=DEVICE):
+@app.command('steps')
+def sampler_steps(out:Path=OUT, seeds:int=SEEDS, device:str=DEVICE):
     "How few steps the sampler needs: distance from the walk of 350 steps, and accuracy."
     from hyperclip_nb import laboratory as bench
     from hyperclip_nb.tasks import write_whole
