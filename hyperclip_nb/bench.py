@@ -245,23 +245,27 @@ class Bench:
 
 # %% ../nbs/22_bench.ipynb #d0af577c
 def adaptation(b:Bench)->Stage:
+    "Descent of all tasks on their support images"
     s = {k: b.p['weights'][k] for k in ('steps', 'lr')}
     return Stage(f'{s["steps"]} steps of descent of {b.n} tasks', 'tasks', b.n, turns(lambda: adapt_all(b.f, b.W0, b.data, b.data.is_support, **s)),
                  len(b.few), lambda: lambda: plain_adapt(b.f, b.W0, b.few, **s), 8*b.P + 4*b.D*.7*b.N)
 
 def evaluation(b:Bench)->Stage:
+    "Accuracy of a network for each task"
     W = b.W0.expand(b.n, -1).contiguous()
     return Stage(f'accuracy of {b.n} networks on their query images', 'tasks', b.n, turns(lambda: evaluate(b.f, W, b.data)),
                  len(b.few), lambda: lambda: plain_evaluate(b.f, W, b.few), 4*b.P + 4*b.D*.3*b.N)
 
 # %% ../nbs/22_bench.ipynb #a47d2acc
 def maml(b:Bench)->Stage:
+    "The gradient of the loss after adaptation, for the weights where it starts"
     W = b.W0.clone().requires_grad_()
     run = lambda: maml_loss(b.f, None, lambda e: W, sample_pairs(b.data, range(32), 64, b.again()), .01, 10, b.again()).backward()
     return Stage('meta-gradient of second order of 32 tasks, 0 to 10 steps', 'tasks', 32, turns(run),
                  len(b.few), lambda: lambda: plain_maml(b.f, lambda W: W, W, b.few, range(len(b.few)), .01, 5, b.again()), 8*b.P + 4*b.D*min(b.N, 64))
 
 def hnet_maml(b:Bench)->Stage:
+    "The same for a hypernetwork and the latent where adaptation starts"
     net = HNet(b.P, generator=b.g).to(b.device); rows = (2, 5) if b.P > 100_000 else range(len(b.few))       # of eight, in the order of their size
     def run():
         net.zero_grad()
@@ -274,6 +278,7 @@ def hnet_maml(b:Bench)->Stage:
 def _step_bytes(make, ema=False): return (40 + 12*ema)*_parameters(make)
 
 def hvae(b:Bench)->Stage:
+    "Steps of `train_hvae`"
     s, W = b.p['hvae'], b.normal(b.n, 2, b.P)
     def plain():
         net = HVAE(b.P, b.Z, s['hidden']).to(b.device); net.measure(W)
@@ -286,6 +291,7 @@ def hvae(b:Bench)->Stage:
                  1, plain, _step_bytes(lambda: HVAE(b.P, b.Z, s['hidden'])))
 
 def hyperclip(b:Bench)->Stage:
+    "Steps of `train_hyperclip`"
     s, W = b.p['hyperclip'], b.normal(b.n, 2, b.P); make = lambda: HyperCLIP(b.P, b.D, s['hidden'])
     def plain():
         net, noise = make().to(b.device), s.get('noise', 1.)
@@ -295,6 +301,7 @@ def hyperclip(b:Bench)->Stage:
 
 # %% ../nbs/22_bench.ipynb #a8c07493
 def hyperldm(b:Bench)->Stage:
+    "Steps of `train_hyperldm`, on a network that fits into the memory twice"
     s, mu = dict(b.p['hyperldm']), b.normal(b.n, 2, b.Z); make, narrow = lambda: NoiseNet(b.Z, b.D, s['hidden']), 1
     while 2.2*20*_parameters(make) > b.free: narrow *= 2; s['hidden'] = tuple(h//2 for h in s['hidden'])   # ours and the plain one, with what Adam and the running mean keep
     def plain():
@@ -308,6 +315,7 @@ def hyperldm(b:Bench)->Stage:
 FEW = dict(sampler=sample_dpm, steps=6)
 
 def sampling(b:Bench)->Stage:
+    "Latents for questions"
     ldm = HyperLDM(b.Z, b.D, b.p['hyperldm']['hidden'], b.p['hyperldm']['kind']).to(b.device).eval().requires_grad_(False)
     size = sum(v.numel() for v in ldm.net.parameters()); part = 25 if size > 1e8 else 1
     return Stage(f'latents of {b.n} questions, γ = 1.5, {FEW["steps"]} steps; plain: one question, {350//part} of 350 steps', 'questions', b.n, turns(lambda: ldm.sample(b.data.e, 1.5, b.g, **FEW)),
