@@ -371,6 +371,7 @@ def plan(preset:str=PRESET, width:int=WIDTH, device:str=DEVICE, json:bool=typer.
     "What each stage of a preset needs, and whether this machine has it. (reproduce --preset paper shows it before it starts.)"
     _show_plan(_preset(preset), _width(width, preset), _device(device), json)
 
+# %% ../nbs/23_cli.ipynb #8bab6c93
 @app.command()
 def bench(preset:str=PRESET, width:int=WIDTH, stages:str=typer.Option('', help='some of adaptation, evaluation, maml, hnet_maml, hvae, hyperclip, hyperldm, sampling, with commas [default: all]', show_default=False),
           repeats:int=typer.Option(5, min=1, help='measurements of each, of which the median counts'), device:str=DEVICE, json:bool=typer.Option(False, '--json', help='print JSON')):
