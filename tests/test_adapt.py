@@ -3,11 +3,15 @@ from dataclasses import replace
 
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from hyperclip_nb.adapt import accuracies, adapt, adapt_all, by_autograd, descent, evaluate, task_losses
-from hyperclip_nb.adapter import Adapter
-from hyperclip_nb.hypernet import HyperNet
-from hyperclip_nb.multitask import fit, train_cond_multitask, train_multitask
-from hyperclip_nb.tasks import Features, TaskBatch, TaskData, make_task, texts_of
+from hyperclip_nb.base.adapt import (
+    accuracy, adapt, adapt_all, adapt_reference, adaptation_delta, evaluate,
+    task_losses,
+)
+from hyperclip_nb.base.adapter import Adapter
+from hyperclip_nb.generators.hypernet import HyperNet
+from hyperclip_nb.base.training import fit_tasks
+from hyperclip_nb.generators.multitask import train_cond_multitask, train_multitask
+from hyperclip_nb.data.tasks import Features, TaskBatch, TaskData, all_texts, make_task
 
 D = 6
 adapter = Adapter(D, hidden=4, temperature=5.)
@@ -42,13 +46,13 @@ def weights(n, seed): return adapter.init(torch.Generator().manual_seed(seed), (
 def test_padding_and_batching(sizes, seed, filling):
     b, W = make_batch(sizes, seed, filling), weights(len(sizes), seed)
     logits, losses, adapted = adapter.logits(W, b), task_losses(adapter, W, b), adapt(adapter, W, b, steps=3)
-    score = accuracies(logits, b.labels, b.mask)
+    score = accuracy(logits, b.labels, b.mask)
     for i, (n, a) in enumerate(sizes):
         one, Wi = alone(b, i), W[i:i+1]
         torch.testing.assert_close(logits[i, :n, :a], adapter.logits(Wi, one)[0])
         torch.testing.assert_close(losses[i:i+1], task_losses(adapter, Wi, one))
         torch.testing.assert_close(adapted[i:i+1], adapt(adapter, Wi, one, steps=3))
-        torch.testing.assert_close(score[i:i+1], accuracies(adapter.logits(Wi, one), one.labels, one.mask))
+        torch.testing.assert_close(score[i:i+1], accuracy(adapter.logits(Wi, one), one.labels, one.mask))
 
 
 @few
@@ -69,9 +73,9 @@ def test_order_of_answers_means_nothing(sizes, seed):
     b, g = make_batch(sizes, seed, 0.), torch.Generator().manual_seed(seed)
     logits = torch.randint(3, (*b.labels.shape, b.answers.shape[1]), generator=g).double().masked_fill(~b.answer_mask[:, None], -torch.inf)
     order = torch.randperm(b.answers.shape[1], generator=g)
-    torch.testing.assert_close(accuracies(logits[..., order], order.argsort()[b.labels], b.mask), accuracies(logits, b.labels, b.mask))
+    torch.testing.assert_close(accuracy(logits[..., order], order.argsort()[b.labels], b.mask), accuracy(logits, b.labels, b.mask))
     nothing = torch.zeros_like(logits).masked_fill(~b.answer_mask[:, None], -torch.inf)
-    torch.testing.assert_close(accuracies(nothing, b.labels, b.mask), 1/b.answer_mask.sum(1).float())
+    torch.testing.assert_close(accuracy(nothing, b.labels, b.mask), 1/b.answer_mask.sum(1).float())
 
 
 @settings(max_examples=10, deadline=None)
@@ -93,7 +97,7 @@ def tasks():
     for i in range(40):
         rows = rng.choice(400, int(30*np.exp(rng.random()*1.8)), replace=False)
         made.append(make_task(f'question {i % 4}', 'answer {}', rows, (image[rows, i % 4] > 0).long().numpy(), ['no', 'yes'], rng))
-    texts = texts_of(made)
+    texts = all_texts(made)
     features = Features(image, torch.randn(len(texts), D, generator=torch.Generator().manual_seed(1)), texts)
     return TaskData(made, features)
 
@@ -103,7 +107,7 @@ def test_buckets_change_nothing(tasks):
     adapted = adapt_all(adapter, W, tasks, tasks.is_support, steps=5)
     torch.testing.assert_close(adapted, adapt(adapter, W, tasks.batch(range(40), 'support'), steps=5), rtol=1e-3, atol=1e-4)
     q = tasks.batch(range(40))
-    expected = 100*accuracies(adapter.logits(adapted, q), q.labels, q.mask).numpy()
+    expected = 100*accuracy(adapter.logits(adapted, q), q.labels, q.mask).numpy()
     np.testing.assert_allclose(evaluate(adapter, adapted, tasks), expected, atol=1e-3)
 
 
@@ -120,19 +124,19 @@ def test_multitask_learns_and_keeps_the_best(tasks):
 
 def test_hidden_descriptors_are_not_read(tasks):
     "Only the given rows are used: the others may hold anything"
-    spoiled = TaskData(tasks.tasks, Features(tasks.image, tasks.text.clone(), texts_of(tasks.tasks)))
+    spoiled = TaskData(tasks.tasks, Features(tasks.image, tasks.text.clone(), all_texts(tasks.tasks)))
     rows = [i for i in range(40) if i % 4]                   # the tasks of question 0 are hidden
     spoiled.e[::4] = torch.nan
     for data in (tasks, spoiled):
         h = HyperNet(D, adapter.n_weights, generator=torch.Generator().manual_seed(0))
-        seen = TaskData([tasks.tasks[i] for i in rows], Features(tasks.image, tasks.text, texts_of(tasks.tasks)))
-        history = fit(h.parameters(), h, adapter, data, seen, 2, 1e-3, torch.Generator().manual_seed(0), rows=rows)
+        seen = TaskData([tasks.tasks[i] for i in rows], Features(tasks.image, tasks.text, all_texts(tasks.tasks)))
+        history = fit_tasks(h.parameters(), h, adapter, data, seen, 2, 1e-3, torch.Generator().manual_seed(0), rows=rows)
         assert np.isfinite([e['loss'] for e in history]).all()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_gpu(tasks):
-    there = TaskData(tasks.tasks, Features(tasks.image, tasks.text, texts_of(tasks.tasks)), device='cuda')
+    there = TaskData(tasks.tasks, Features(tasks.image, tasks.text, all_texts(tasks.tasks)), device='cuda')
     W, _ = train_multitask(adapter, there, there, epochs=2, generator=torch.Generator().manual_seed(0))
     h, _ = train_cond_multitask(adapter, there, there, epochs=2, generator=torch.Generator().manual_seed(0))
     assert W.device.type == h(there.e).device.type == 'cuda'
@@ -154,6 +158,6 @@ def test_descent_by_hand_is_descent_by_autograd(s, N, D, H, A, own, silent):
     if silent:                                                                       # a second layer of zeros, where plain CLIP starts; nothing can be seen through it in an empty picture
         for k in ('W2', 'b2'): adapter.split(W)[k].zero_()
         batch.images[batch.images.eq(0).all(-1)] = images[1]
-    moved = by_autograd(adapter, W.expand(3, -1), batch, 17, .05) - W
-    with torch.no_grad(): change = descent(adapter, W, batch, 17, .05)           # enough steps for a basis to pay
+    moved = adapt_reference(adapter, W.expand(3, -1), batch, 17, .05) - W
+    with torch.no_grad(): change = adaptation_delta(adapter, W, batch, 17, .05)           # enough steps for a basis to pay
     assert (change - moved).abs().max() <= 1e-8*moved.abs().max() + 1e-16         # weights are of order 1: where all answers are the same, nothing moves

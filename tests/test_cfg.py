@@ -1,9 +1,11 @@
 "Guidance is Bayes' rule on scores: the ways to it agree, a weight of nothing changes nothing, and a classifier is followed."
 import copy, pytest, torch
 from hypothesis import given, settings, strategies as st
-from hyperclip_nb.cfg import autoguided, classifier_free, classifier_guided, on_interval
-from hyperclip_nb.ddpm import linear_schedule, sample_ddim, split_prediction
-from hyperclip_nb.hyperldm import NoiseNet
+from hyperclip_nb.language.cfg import (
+    autoguided, classifier_free, classifier_guided, guidance_interval,
+)
+from hyperclip_nb.language.ddpm import linear_schedule, sample_ddim, split_prediction
+from hyperclip_nb.language.hyperldm import NoiseNet
 
 schedule = linear_schedule(dtype=torch.float64)
 few = settings(max_examples=25, deadline=None)
@@ -116,7 +118,7 @@ def test_other_ways_to_guide():
     z, at = randn(5, 4, s=6), lambda t: torch.full((5,), t)
     weak = copy.deepcopy(net); weak.out.weight.data *= .5
     strong, plain = classifier_free(net, e, 3.), classifier_free(net, e, 1.)
-    limited = on_interval(strong, plain, 100, 200)
+    limited = guidance_interval(strong, plain, 100, 200)
     assert all(torch.equal(limited(z, at(t)), (strong if 100 <= t < 200 else plain)(z, at(t))) for t in (0, 99, 100, 199, 200, 349))
     assert torch.allclose(autoguided(net, weak, e, 1.)(z, at(50)), net(z, at(50), e)) and torch.allclose(autoguided(net, weak, e, 0.)(z, at(50)), weak(z, at(50), e))
     assert torch.allclose(autoguided(net, net, e, 5.)(z, at(50)), net(z, at(50), e))  # away from oneself is nowhere

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from hyperclip_nb import cli
+from hyperclip_nb.command import cli
 
 
 def hyperclip(monkeypatch, capsys, *args):
@@ -117,18 +117,18 @@ def test_help(monkeypatch, capsys):
 @pytest.mark.parametrize('args, code, said', [(['--help'], 0, 'Usage: hyperclip'), (['bench', '--preset', 'huge'], 2, 'unknown preset'), (['ask', ' '], 2, 'question is empty')])
 def test_the_command_of_the_shell(args, code, said):
     "It leaves at once, without tidying up, and yet says everything and with the right exit code, through a pipe too"
-    program = f'import sys; sys.argv = ["hyperclip", *{args!r}]; from hyperclip_nb.cli import command; command()'
+    program = f'import sys; sys.argv = ["hyperclip", *{args!r}]; from hyperclip_nb.command.cli import command; command()'
     run = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
     assert run.returncode == code and said in (run.stdout if code == 0 else run.stderr)
     assert code == 0 or len(run.stderr.strip().splitlines()) == 1
 
 
 def test_a_question_about_scenes_needs_no_tables(here):
-    program = 'import sys; sys.argv = ["hyperclip", "ask", "What color is the star?", "good.png"]; from hyperclip_nb import cli\ntry: cli.main()\nexcept SystemExit: pass\nprint([m for m in ("pandas", "matplotlib", "hyperclip_nb.experiments") if m in sys.modules])'
+    program = 'import sys; sys.argv = ["hyperclip", "ask", "What color is the star?", "good.png"]; from hyperclip_nb.command import cli\ntry: cli.main()\nexcept SystemExit: pass\nprint([m for m in ("pandas", "matplotlib", "hyperclip_nb.lab.experiments") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', program], capture_output=True, text=True).stdout.endswith('[]\n')
 
 
-@pytest.mark.parametrize('module, absent', [('hyperldm', 'open_clip'), ('hyperldm', 'torchvision'), ('cli', 'torch')])
+@pytest.mark.parametrize('module, absent', [('language.hyperldm', 'open_clip'), ('language.hyperldm', 'torchvision'), ('command.cli', 'torch')])
 def test_light_imports(module, absent):
     program = f'import sys, hyperclip_nb.{module}; sys.exit({absent!r} in sys.modules)'
     assert subprocess.run([sys.executable, '-c', program]).returncode == 0

@@ -3,16 +3,24 @@ import json, random, signal, subprocess, sys, time, warnings
 import numpy as np, open_clip, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from hyperclip_nb import experiments
-from hyperclip_nb.adapter import Adapter
-from hyperclip_nb.experiments import PRESETS, Lab, altered, table1
-from hyperclip_nb.features import encode_files, numbers_of, open_features, without_images
-from hyperclip_nb.hvae import HVAE
-from hyperclip_nb.ddpm import linear_schedule
-from hyperclip_nb.hyperldm import NoiseNet
-from hyperclip_nb.maml import HNet
-from hyperclip_nb.metavqa import FILES, VQA, build_tasks, load_metavqa, read_vqa, save_metavqa, split_questions, stats, statement, unseen, write_sample
-from hyperclip_nb.tasks import texts_of
+from hyperclip_nb.lab import experiments
+from hyperclip_nb.base.adapter import Adapter
+from hyperclip_nb.lab.runs import PRESETS, Run, override
+from hyperclip_nb.lab.tables import table1
+from hyperclip_nb.vision.features import (
+    drop_images, encode_files, image_ids, open_features,
+)
+from hyperclip_nb.generators.hvae import HVAE
+from hyperclip_nb.language.ddpm import linear_schedule
+from hyperclip_nb.language.hyperldm import NoiseNet
+from hyperclip_nb.generators.maml import HNet
+from hyperclip_nb.data.vqa import FILES, read_vqa, write_sample
+from hyperclip_nb.data.metavqa import (
+    VQA, build_tasks, load_metavqa, save_metavqa, split_questions, stats,
+    unseen_queries,
+)
+from hyperclip_nb.data.statements import statement
+from hyperclip_nb.data.tasks import all_texts
 from test_cli import hyperclip
 
 few = settings(max_examples=30, deadline=None)
@@ -101,7 +109,7 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path, vqa):
 
 
 def test_any_clip_from_files_to_a_table(tmp_path, vqa, small_clip, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path); monkeypatch.setitem(PRESETS, 'tiny', altered('smoke', multitask=dict(epochs=1), weights=dict(steps=3), hvae=dict(steps=30), hyperldm=dict(steps=30), few_shot=dict(steps=2)))
+    monkeypatch.chdir(tmp_path); monkeypatch.setitem(PRESETS, 'tiny', override('smoke', multitask=dict(epochs=1), weights=dict(steps=3), hvae=dict(steps=30), hyperldm=dict(steps=30), few_shot=dict(steps=2)))
     run = lambda *args: hyperclip(monkeypatch, capsys, *args)
     assert run('data', 'build', '--vqa', vqa, '--to', 'tasks')[0] == 0
     data = load_metavqa('tasks')
@@ -117,25 +125,25 @@ def test_any_clip_from_files_to_a_table(tmp_path, vqa, small_clip, monkeypatch, 
     assert code == 0, err
     r = experiments.read_results('run')
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore'); kept = without_images(data.tasks['test'], numbers_of(data.images, lost))
+        warnings.simplefilter('ignore'); kept = drop_images(data.tasks['test'], image_ids(data.images, lost))
     assert len(r['test'][0]) == len(kept) < len(data.tasks['test'])
     assert '100%, unseen images' in table1(r) and r['config']['clip']['name'] == f'{name}:{file}' and '--data' in r['command']
     for change, says in ((('--model', 'tiny'), 'by another CLIP'),):
         code, _, err = run('data', 'features', 'tasks', '--images', 'photos', *change, '--device', 'cpu')
         assert code == 2 and says in err and 'images-00000.safetensors' in err
-    lab = Lab.open('run')
-    assert lab.clip.fingerprint == r['config']['clip']['fingerprint'] and lab.adapter.width == 32
+    run = Run.open('run')
+    assert run.clip.fingerprint == r['config']['clip']['fingerprint'] and run.adapter.width == 32
 
 
 def test_unseen_images_are_those_that_training_never_showed(tmp_path, vqa):
     data = build_tasks(read_vqa(vqa))
     seen = {i for t in data.tasks['train'] for i in t.pairs[:, 0].tolist()}
-    new = np.split(unseen(data.tasks), np.cumsum([len(t.query) for t in data.tasks['test']])[:-1])
+    new = np.split(unseen_queries(data.tasks), np.cumsum([len(t.query) for t in data.tasks['test']])[:-1])
     for t, n in zip(data.tasks['test'], new): assert n.tolist() == [i not in seen for i in t.query[:, 0].tolist()]
     save_metavqa(data, tmp_path)
-    from hyperclip_nb.clip import load_clip
-    encode_files(load_clip(), vqa, data.images, texts_of([t for ts in data.tasks.values() for t in ts]), tmp_path/'features')
-    test = Lab('smoke', data=tmp_path).data['test']
+    from hyperclip_nb.vision.clip import load_clip
+    encode_files(load_clip(), vqa, data.images, all_texts([t for ts in data.tasks.values() for t in ts]), tmp_path/'features')
+    test = Run('smoke', data=tmp_path).data['test']
     assert test.size['unseen'].tolist() == [int(n.sum()) for n in new]
     assert (test.parts['unseen'] <= test.parts['query']).all()
     assert stats(data).test['tasks with unseen queries'] == sum(n.any() for n in new)
@@ -143,9 +151,9 @@ def test_unseen_images_are_those_that_training_never_showed(tmp_path, vqa):
 
 def test_killed_features_go_on(tmp_path, vqa):
     data = build_tasks(read_vqa(vqa)); save_metavqa(data, tmp_path)
-    texts = texts_of([t for ts in data.tasks.values() for t in ts])
-    program = ("import sys, torch; torch.set_num_threads(1)\nfrom hyperclip_nb.clip import load_clip; from hyperclip_nb.features import encode_files; from hyperclip_nb.metavqa import load_metavqa; from hyperclip_nb.tasks import texts_of\n"
-               "d = load_metavqa(sys.argv[1]); encode_files(load_clip(), sys.argv[2], d.images, texts_of([t for ts in d.tasks.values() for t in ts]), sys.argv[3], shard=100)")
+    texts = all_texts([t for ts in data.tasks.values() for t in ts])
+    program = ("import sys, torch; torch.set_num_threads(1)\nfrom hyperclip_nb.vision.clip import load_clip; from hyperclip_nb.vision.features import encode_files; from hyperclip_nb.data.metavqa import load_metavqa; from hyperclip_nb.data.tasks import all_texts\n"
+               "d = load_metavqa(sys.argv[1]); encode_files(load_clip(), sys.argv[2], d.images, all_texts([t for ts in d.tasks.values() for t in ts]), sys.argv[3], shard=100)")
     start = lambda out: subprocess.Popen([sys.executable, '-c', program, str(tmp_path), str(vqa), str(out)])
     assert start(tmp_path/'whole').wait(300) == 0
     process, end = start(tmp_path/'killed'), time.time() + 120
@@ -165,4 +173,4 @@ def test_the_paper_preset_has_the_papers_sizes():
         hvae, net = HVAE(adapter.n_weights, p['hvae']['latent'], p['hvae']['hidden']), NoiseNet(p['hvae']['latent'], 768, p['hyperldm']['hidden'])
     assert [round(count(m)/1e6) for m in (hvae, net)] == [203, 1172]
     assert [m.out_features for m in hvae.decoder[:-1:2]] == [512, 256] and len(linear_schedule()) == 350 == p['sampling']['steps']
-    assert json.dumps(PRESETS['default']) == json.dumps(altered('default')) and p['world'] == PRESETS['default']['world']
+    assert json.dumps(PRESETS['default']) == json.dumps(override('default')) and p['world'] == PRESETS['default']['world']

@@ -1,8 +1,10 @@
 "Diffusion against the schedulers of `diffusers`, an implementation of the same papers by other people, and laws it must obey."
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from hyperclip_nb.ddpm import (Schedule, add_noise, diffusion_loss, linear_schedule, posterior, sample_ddim, sample_ddpm,
-                               sample_dpm, split_prediction, timesteps, v_target)
+from hyperclip_nb.language.ddpm import (
+    Schedule, add_noise, diffusion_loss, linear_schedule, posterior, sample_ddim,
+    sample_ddpm, sample_dpm, split_prediction, timesteps, v_target,
+)
 
 KINDS = {'eps': 'epsilon', 'v': 'v_prediction'}
 exact = linear_schedule(dtype=torch.float64)

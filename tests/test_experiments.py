@@ -1,13 +1,21 @@
 "The grid of experiments: stopped at any moment it ends with the same rows, and nothing that is done is done again."
 import json, os, signal, subprocess, sys, time
 import numpy as np, pytest
-from hyperclip_nb import experiments
-from hyperclip_nb.experiments import ABLATION, METHODS, PAPER, Models, PRESETS, altered, bootstrap, few_images, read_results, reproduce, rows_wanted, summary, table1, table4
+from hyperclip_nb.lab import experiments, stages
+from hyperclip_nb.lab.runs import Run
+from hyperclip_nb.lab.methods import ABLATION, METHODS
+from hyperclip_nb.lab.tables import PAPER, table1, table4
+from hyperclip_nb.lab.stages import Models
+from hyperclip_nb.lab.runs import PRESETS, override
+from hyperclip_nb.lab.stats import bootstrap, summary
+from hyperclip_nb.lab.experiments import (
+    grid_rows, read_results, reproduce, support_subset,
+)
 
-TINY = altered('smoke', multitask=dict(epochs=1), cond_multitask=dict(epochs=1), cond_strong=dict(epochs=1), tuned=dict(epochs=1), world=dict(tasks=(30, 10, 12), scenes=(1000, 400, 500)),
+TINY = override('smoke', multitask=dict(epochs=1), cond_multitask=dict(epochs=1), cond_strong=dict(epochs=1), tuned=dict(epochs=1), world=dict(tasks=(30, 10, 12), scenes=(1000, 400, 500)),
                weights=dict(steps=3), hvae=dict(steps=30), hyperldm=dict(steps=30), regression=dict(steps=30), few_shot=dict(steps=2))
 GRID = dict(preset='tiny', seeds=(0, 1), shares=(1., .5), methods=('clip', 'multitask', 'cond-multitask', 'hvae-hyperldm', 'hvae-regression'), gammas=(0., 1.5))
-PROGRAM = f'import torch; torch.set_num_threads(1); from hyperclip_nb import experiments as x; x.PRESETS["tiny"] = {TINY!r}; x.reproduce(**{GRID!r}, out="OUT")'
+PROGRAM = f'import torch; torch.set_num_threads(1); from hyperclip_nb.lab import experiments as x, runs; runs.PRESETS["tiny"] = {TINY!r}; x.reproduce(**{GRID!r}, out="OUT")'
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +52,7 @@ def test_half_written_files_of_a_dead_process_go(done):
 
 def test_done_rows_are_not_run_again_unless_asked(done, monkeypatch):
     def never(*args): raise AssertionError('measured again')
-    monkeypatch.setattr(experiments, 'measure', never)
+    monkeypatch.setattr(experiments, 'evaluate_row', never)
     assert reproduce(**GRID, out=done[1]).rows == done[0].rows
     with pytest.raises(AssertionError, match='measured again'): reproduce(**GRID | dict(methods=('clip',), shares=(.25,)), out=done[1], again=True)
 
@@ -55,7 +63,7 @@ def test_rows_in_memory_equal_rows_on_disk(done):
 
 
 def test_fewer_descriptors_change_only_what_reads_them(done):
-    whole, half = Models(done[0].lab, 0, 1.), Models(done[0].lab, 0, .5)
+    whole, half = Models(done[0].run, 0, 1.), Models(done[0].run, 0, .5)
     assert set(half.rows) < set(whole.rows) and len(half.rows) == 15
     assert (whole.multitask == half.multitask).all() and (whole.weights == half.weights).all()
     assert not (whole.regression[0].weight == half.regression[0].weight).all()
@@ -67,8 +75,8 @@ def test_a_folder_belongs_to_one_experiment(done):
 
 
 def test_few_images_are_nested_support_images(done):
-    data = done[0].lab.data['test']
-    masks = [few_images(data, n, 0) for n in (1, 4, None)]
+    data = done[0].run.data['test']
+    masks = [support_subset(data, n, 0) for n in (1, 4, None)]
     assert all((a <= b).all() for a, b in zip(masks, masks[1:])) and (masks[2] == data.is_support).all()
     assert (masks[0].sum(1) == 1).all() and (masks[1].sum(1) == 4).all()
 
@@ -77,7 +85,7 @@ def test_every_row_of_the_paper_has_a_method():
     assert {slug for slug, _ in PAPER} <= set(METHODS)
     slugs = {'clip', 'multitask', 'mnet-maml', 'mnet-fomaml', 'hnet-maml', 'cond-multitask', 'cond-film', 'cond-hnet-maml', 'hnet-hyperclip', 'hvae-hyperclip', 'hnet-hyperldm', 'hvae-hyperldm'}
     assert {slug for slug, _ in PAPER} == slugs
-    for slug in slugs: assert len(rows_wanted(slug, 0, 1., (1.,), TINY)) >= 2    # zero-shot and few-shot
+    for slug in slugs: assert len(grid_rows(slug, 0, 1., (1.,), TINY)) >= 2    # zero-shot and few-shot
 
 
 def test_tables(done):
@@ -119,7 +127,7 @@ BEYOND = dict(methods=('cond-multitask-strong', 'hvae-ridge', 'hvae-hyperldm-whi
 def test_what_goes_beyond_the_paper_resumes_too(done, tmp_path, monkeypatch):
     (tmp_path/'features.safetensors').write_bytes((done[1]/'features.safetensors').read_bytes())
     first = reproduce(**GRID | BEYOND, out=tmp_path)
-    monkeypatch.setattr(experiments, 'tune', None); monkeypatch.setattr(experiments, 'train_cond_strong', None); monkeypatch.setattr(experiments, 'fit_ridge', None)
+    for name in ('tune', 'train_residual_hypernet', 'fit_ridge'): monkeypatch.setattr(stages, name, None)
     for file in (tmp_path/'rows').iterdir(): file.unlink()
     assert reproduce(**GRID | BEYOND, out=tmp_path).rows == first.rows               # models come from the folder, and are the same
     t1 = table1(first.results).method.tolist()
@@ -129,13 +137,13 @@ def test_what_goes_beyond_the_paper_resumes_too(done, tmp_path, monkeypatch):
 
 def test_a_damaged_stage_is_named(done):
     reproduce(**GRID | dict(seeds=(0,), shares=(1.,), methods=('hvae-hyperldm',)), out=done[1])
-    Models(experiments.Lab.open(done[1]), 0).hvae
+    Models(Run.open(done[1]), 0).hvae
     file = done[1]/'stages'/'seed0-hvae.safetensors'; whole = file.read_bytes()
     file.write_bytes(whole[:1000])
-    with pytest.raises(ValueError, match='seed0-hvae.safetensors.*remove it'): Models(experiments.Lab.open(done[1]), 0).hvae
+    with pytest.raises(ValueError, match='seed0-hvae.safetensors.*remove it'): Models(Run.open(done[1]), 0).hvae
     file.write_bytes(whole)
 
 
 def test_a_folder_without_a_whole_config_is_none(tmp_path):
     (tmp_path/'config.json').write_text('{}')
-    with pytest.raises(ValueError, match='holds no experiment'): experiments.Lab.open(tmp_path)
+    with pytest.raises(ValueError, match='holds no experiment'): Run.open(tmp_path)

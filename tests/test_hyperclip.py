@@ -1,9 +1,11 @@
 "HyperCLIP learns which question a network answers, and only that; guidance climbs what it is given, on a leash."
 import math, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from hyperclip_nb.guidance import fit_to_question, guide
-from hyperclip_nb.hvae import mlp
-from hyperclip_nb.hyperclip import HyperCLIP, contrastive_loss, found_at, infer_task, train_hyperclip
+from hyperclip_nb.language.guidance import guide, hyperclip_score
+from hyperclip_nb.generators.hypernet import mlp
+from hyperclip_nb.language.hyperclip import (
+    HyperCLIP, contrastive_loss, rank_of, task_similarity, train_hyperclip,
+)
 
 D, P, Z, T, NEW = 8, 40, 5, 120, 60
 few = settings(max_examples=25, deadline=None)
@@ -35,7 +37,7 @@ quick = dict(steps=150, hidden=32, lr=3e-3, noise=.3)
 def hits(net, tasks, n=1):
     "Share of new networks whose question is among the first n"
     weights, e = tasks
-    return (found_at(infer_task(net, weights[T:, 0], e[T:]), torch.arange(NEW)) <= n).float().mean().item()
+    return (rank_of(task_similarity(net, weights[T:, 0], e[T:]), torch.arange(NEW)) <= n).float().mean().item()
 
 
 def test_the_loss_by_hand():
@@ -74,7 +76,7 @@ def test_embeddings_have_norm_one_and_any_shape():
 
 def test_places():
     scores = torch.tensor([[.9, .1, .5], [.9, .1, .5], [.9, .9, .5]])
-    assert found_at(scores, torch.tensor([0, 1, 1])).tolist() == [1, 3, 1]
+    assert rank_of(scores, torch.tensor([0, 1, 1])).tolist() == [1, 3, 1]
 
 
 def test_new_tasks_are_inferred(reader, tasks):
@@ -93,8 +95,8 @@ def test_exchanged_pairs_teach_nothing(tasks):
 def test_only_the_length_of_weights_and_questions_is_ignored(reader, tasks):
     net, (weights, e) = reader[0], tasks
     W = weights[T:, 0]
-    torch.testing.assert_close(infer_task(net, W, e), infer_task(net, W, 7*e))
-    torch.testing.assert_close(fit_to_question(net, W, e[T:]), infer_task(net, W, e[T:]).diag())
+    torch.testing.assert_close(task_similarity(net, W, e), task_similarity(net, W, 7*e))
+    torch.testing.assert_close(hyperclip_score(net, W, e[T:]), task_similarity(net, W, e[T:]).diag())
     assert not torch.allclose(net(W), net(2*W))                           # the size of weights does say something
 
 
@@ -138,7 +140,7 @@ def test_the_path_starts_at_the_start(reader, generator, tasks):
 
 def test_guidance_raises_the_cosine(reader, generator, tasks):
     z0, e = torch.randn(NEW, Z, generator=seed(8)), tasks[1][T:]
-    fit = lambda z: fit_to_question(reader[0], generator(z), e)
+    fit = lambda z: hyperclip_score(reader[0], generator(z), e)
     path = guide(reader[0], generator, z0, e)
     assert (fit(path[-1]) > fit(path[0])).float().mean() > .9
     wrong = guide(reader[0], generator, z0, e.roll(1, 0))
@@ -157,5 +159,5 @@ def test_the_gradient_of_the_guidance_loss(reader, generator, tasks):
     net = HyperCLIP(P, D, 32); net.load_state_dict(reader[0].state_dict()); net.double()
     z0, e = torch.randn(3, Z, generator=seed(8)).double(), tasks[1][T:T+3].double()
     z = (z0 + .3).requires_grad_()
-    loss = lambda z: (.2*(z - z0).norm(dim=-1) - fit_to_question(net, generator(z), e)).sum()
+    loss = lambda z: (.2*(z - z0).norm(dim=-1) - hyperclip_score(net, generator(z), e)).sum()
     assert torch.autograd.gradcheck(loss, z)

@@ -4,11 +4,14 @@ from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from hyperclip_nb import hyperldm as module
-from hyperclip_nb.adapter import Adapter
-from hyperclip_nb.ddpm import sample_ddim
-from hyperclip_nb.hvae import HVAE, draw, in_half, kl_divergence
-from hyperclip_nb.hyperldm import HyperLDM, NoiseNet, load_hyperldm, save_hyperldm, train_hyperldm, train_regression
+from hyperclip_nb.language import hyperldm as module
+from hyperclip_nb.base.adapter import Adapter
+from hyperclip_nb.language.ddpm import sample_ddim
+from hyperclip_nb.generators.hvae import HVAE, kl_divergence, reparameterize
+from hyperclip_nb.base.training import bf16_autocast
+from hyperclip_nb.language.hyperldm import HyperLDM, NoiseNet, train_hyperldm
+from hyperclip_nb.writer.writer import load_hyperldm, save_hyperldm
+from hyperclip_nb.language.baselines import train_regression
 
 D, Z = 6, 4
 adapter = Adapter(D, hidden=3)
@@ -51,7 +54,7 @@ def test_training_in_half_precision_learns():
     mu, e = torch.randn(40, 2, Z, generator=seed(1)), questions(40)
     losses = {}
     for on in False, True:
-        with in_half(on, 'cpu'): _, losses[on] = train_regression(mu, e, steps=60, lr=1e-2, generator=seed(2))
+        with bf16_autocast(on, 'cpu'): _, losses[on] = train_regression(mu, e, steps=60, lr=1e-2, generator=seed(2))
     assert losses[False][-1] < .7*losses[False][0] and abs(losses[True][-1] - losses[False][-1]) < .05*losses[False][0]
 
 
@@ -138,7 +141,7 @@ def test_latents_are_normalised(latents):
     hvae, weights, _ = latents
     ldm, _ = learn(latents, steps=2)
     mu, log_var = hvae.encode(weights)
-    z = (draw(mu.repeat(1, 50, 1), log_var.repeat(1, 50, 1), seed(0)).flatten(0, 1) - ldm.mean)/ldm.std
+    z = (reparameterize(mu.repeat(1, 50, 1), log_var.repeat(1, 50, 1), seed(0)).flatten(0, 1) - ldm.mean)/ldm.std
     torch.testing.assert_close(z.mean(0), torch.zeros(Z), atol=.05, rtol=0)
     torch.testing.assert_close(z.std(0), torch.ones(Z), atol=.05, rtol=0)
 

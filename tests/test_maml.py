@@ -1,13 +1,17 @@
 "The meta-gradient is the derivative that it claims to be; tasks of a batch do not know of each other; FiLM writes weights."
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
-from hyperclip_nb.adapt import adapt, task_losses
-from hyperclip_nb.adapter import Adapter
-from hyperclip_nb import maml
-from hyperclip_nb.hypernet import HyperNet
-from hyperclip_nb.maml import HNet, inner_loop, maml_loss, noted, split_batch, train_cond_hnet_maml, train_hnet_maml, train_mnet_maml
-from hyperclip_nb.multitask import FiLM, train_cond_film
-from hyperclip_nb.tasks import Features, TaskBatch, TaskData, make_task, texts_of
+from hyperclip_nb.base.adapt import adapt, task_losses
+from hyperclip_nb.base.adapter import Adapter
+from hyperclip_nb.generators import maml
+from hyperclip_nb.generators.hypernet import HyperNet
+from hyperclip_nb.generators.maml import (
+    HNet, inner_loop, maml_loss, split_batch, train_cond_hnet_maml, train_hnet_maml,
+    train_mnet_maml,
+)
+from hyperclip_nb.generators.fast_maml import defer_weight_grad
+from hyperclip_nb.generators.multitask import FiLM, train_cond_film
+from hyperclip_nb.data.tasks import Features, TaskBatch, TaskData, all_texts, make_task
 
 D = 6
 adapter = Adapter(D, hidden=4, temperature=3.)
@@ -87,7 +91,7 @@ def test_gradient_of_notes():
     h = HyperNet(3, adapter.n_weights, hidden=8, generator=seed(4)).double()
     z = torch.randn(3, 3, generator=seed(5), dtype=torch.float64)
     for steps in (4, 2, 1), (3, 0, 0), (0, 0, 0):
-        grads = [torch.autograd.grad(after(z, steps, decode=decode), list(h.parameters())) for decode in (h, noted(h))]
+        grads = [torch.autograd.grad(after(z, steps, decode=decode), list(h.parameters())) for decode in (h, defer_weight_grad(h))]
         for a, b in zip(*grads): close(a, b, rtol=1e-10, atol=1e-14)
 
 
@@ -95,7 +99,7 @@ def test_tasks_in_bites(monkeypatch):
     "As many tasks at once as a cache takes: the same loss and gradient"
     W, b = weights(3).requires_grad_(), make_batch([(6, 3), (9, 2), (5, 4), (7, 2), (8, 3)], 5)
     whole = maml_loss(adapter, None, lambda e: W, b, .5, 4, seed())
-    monkeypatch.setattr(maml, 'at_once', lambda *_: 2)
+    monkeypatch.setattr(maml, 'chunk_size', lambda *_: 2)
     parts = maml_loss(adapter, None, lambda e: W, b, .5, 4, seed())
     close(whole, parts); close(*(torch.autograd.grad(loss, W)[0] for loss in (whole, parts)))
 
@@ -177,7 +181,7 @@ def tasks():
     for i in range(30):
         rows = rng.choice(300, int(rng.integers(25, 60)), replace=False)
         made.append(make_task(f'question {i % 4}', 'answer {}', rows, (image[rows, i % 4] > 0).long().numpy(), ['no', 'yes'], rng))
-    texts = texts_of(made)
+    texts = all_texts(made)
     return TaskData(made, Features(image, torch.randn(len(texts), D, generator=seed(1)), texts))
 
 

@@ -39,7 +39,7 @@ def test_clean(nb, fresh):
 
 
 def test_export(fresh):
-    def modules(path): return {p.name: p.read_text(encoding='utf-8') for p in sorted((path/'hyperclip_nb').glob('*.py'))}
+    def modules(path): return {str(p.relative_to(path)): p.read_text(encoding='utf-8') for p in sorted((path/'hyperclip_nb').rglob('*.py'))}
     old, new = modules(root), modules(fresh)
     differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     assert not differ, f'run `nbdev_export`: {", ".join(differ)} differ from the notebooks'

@@ -4,15 +4,19 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from hyperclip_nb.adapt import evaluate, task_losses
-from hyperclip_nb.adapter import Adapter
-from hyperclip_nb.company import Ridge, StrongNet, fit_ridge, train_cond_strong
-from hyperclip_nb.hvae import HVAE
-from hyperclip_nb.hyperldm import HyperLDM, save_hyperldm
-from hyperclip_nb.multitask import fit
-from hyperclip_nb.tasks import Features, Task, TaskData, texts_of
-from hyperclip_nb.tuning import TunedLDM, load_tuned, load_writer, save_tuned, tune
-from hyperclip_nb.whitening import fit_whitening
+from hyperclip_nb.base.adapt import evaluate, task_losses
+from hyperclip_nb.base.adapter import Adapter
+from hyperclip_nb.language.baselines import (
+    ResidualHyperNet, Ridge, fit_ridge, train_residual_hypernet,
+)
+from hyperclip_nb.generators.hvae import HVAE
+from hyperclip_nb.language.hyperldm import HyperLDM
+from hyperclip_nb.writer.writer import save_hyperldm
+from hyperclip_nb.base.training import fit_tasks
+from hyperclip_nb.data.tasks import Features, Task, TaskData, all_texts
+from hyperclip_nb.language.tuning import TunedLDM, tune
+from hyperclip_nb.writer.writer import load_tuned, load_writer, save_tuned
+from hyperclip_nb.language.whitening import fit_whitening
 
 
 def seed(n=0): return torch.Generator().manual_seed(n)
@@ -64,7 +68,7 @@ def test_ridge_reads_described_tasks_only_and_survives_a_file():
 
 def test_strong_net_starts_at_the_multitask_network_and_drops_only_in_training():
     W0 = torch.randn(20, generator=seed())
-    net = StrongNet(W0, 6, hidden=32, generator=seed(1))
+    net = ResidualHyperNet(W0, 6, hidden=32, generator=seed(1))
     e = torch.randn(5, 6, generator=seed(2))
     assert torch.allclose(net(e), W0.expand(5, -1))
     torch.nn.init.normal_(net.h[-1].weight, generator=seed(3))
@@ -103,7 +107,7 @@ def test_sampling_leaves_no_graph_and_means_are_means(ldm):
 def tasks(n, g):
     "A few toy tasks whose answers hang on the question, with a plain HyperLDM"
     made = [Task(f'question {i}', 'it is {}', ('a', 'b', 'c'), np.stack([np.arange(12) + 12*i, np.arange(12) % 3], 1), np.stack([np.arange(12) + 12*i, np.arange(12) % 3], 1), f'{i}') for i in range(n)]
-    texts = texts_of(made)
+    texts = all_texts(made)
     data = TaskData(made, Features(torch.randn(12*n, 6, generator=g), torch.randn(len(texts), 6, generator=g), texts))
     adapter = Adapter(6, 4)
     weights = torch.randn(n, 2, adapter.n_weights, generator=g)
@@ -118,7 +122,7 @@ def test_tuning_never_reads_an_undescribed_question():
     spoiled = data.reread(data.e.clone()); spoiled.e[5:] = 1e3
     valid = data.reread(data.e.flip(0))
     for train in (lambda d: tune(adapter, hvae, ldm, mu, log_var, d, valid, rows, epochs=2, keep=.1, generator=seed(9))[0].state_dict(),
-                  lambda d: train_cond_strong(adapter, hvae.mean, d, valid, epochs=2, generator=seed(9), rows=rows)[0].state_dict()):
+                  lambda d: train_residual_hypernet(adapter, hvae.mean, d, valid, epochs=2, generator=seed(9), rows=rows)[0].state_dict()):
         one, other = train(data), train(spoiled)
         assert all(torch.equal(one[k], other[k]) for k in one)
 
@@ -130,7 +134,7 @@ def test_a_training_that_harms_leaves_the_start():
     W = torch.zeros(adapter.n_weights, requires_grad=True)
     worse = lambda batch: -task_losses(adapter, W, batch).mean()                     # it learns to be wrong
     start = float(evaluate(adapter, W.detach(), data).mean())
-    history = fit([W], lambda e: W, adapter, data, data, 3, 1., seed(), loss=worse)
+    history = fit_tasks([W], lambda e: W, adapter, data, data, 3, 1., seed(), loss=worse)
     assert max(h['accuracy'] for h in history) > start or not W.any()
     assert float(evaluate(adapter, W.detach(), data).mean()) == pytest.approx(max(start, *(h['accuracy'] for h in history)))
 
