@@ -130,7 +130,7 @@ def test_hidden_descriptors_are_not_read(tasks):
     for data in (tasks, spoiled):
         h = HyperNet(D, adapter.n_weights, generator=torch.Generator().manual_seed(0))
         seen = TaskData([tasks.tasks[i] for i in rows], Features(tasks.image, tasks.text, all_texts(tasks.tasks)))
-        history = fit_tasks(h.parameters(), h, adapter, data, seen, 2, 1e-3, torch.Generator().manual_seed(0), rows=rows)
+        history = fit_tasks(h.parameters(), h, adapter, data, seen, 2, 1e-3, torch.Generator().manual_seed(0), task_ids=rows)
         assert np.isfinite([e['loss'] for e in history]).all()
 
 

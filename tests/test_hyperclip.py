@@ -104,7 +104,7 @@ def test_rows_are_all_that_is_read(tasks):
     weights, e = tasks
     rows = torch.arange(0, T, 3)
     blank = torch.full_like(e, torch.nan); blank[rows] = e[rows]
-    a, b = (train_hyperclip(weights[:T], x[:T], rows=rows, generator=seed(3), **quick | dict(steps=20)) for x in (e, blank))
+    a, b = (train_hyperclip(weights[:T], x[:T], task_ids=rows, generator=seed(3), **quick | dict(steps=20)) for x in (e, blank))
     everything = train_hyperclip(weights[:T], e[:T], generator=seed(3), **quick | dict(steps=20))
     assert a[1] == b[1] != everything[1]
     torch.testing.assert_close(a[0].mean, weights[:T].mean((0, 1)))       # the mean needs no question

@@ -162,21 +162,21 @@ def test_only_described_tasks_are_told_and_all_are_learned_from(latents):
     hvae, weights, e = latents
     mu, log_var = hvae.encode(weights)
     fit = lambda e, mu=mu, **kw: train_hyperldm(mu, log_var, e, **dict(steps=40, batch=32, hidden=(32, 32), generator=seed(5)) | kw)
-    ldm, history = fit(e, rows=range(20))
+    ldm, history = fit(e, task_ids=range(20))
     unread = e.clone(); unread[20:] = 7.
-    other, same = fit(unread, rows=range(20))
+    other, same = fit(unread, task_ids=range(20))
     assert history == same and all(torch.equal(a, b) for a, b in zip(ldm.state_dict().values(), other.state_dict().values()))
     moved = mu.clone(); moved[20:] += 1
-    assert fit(e, moved, rows=range(20))[1] != history     # the untold half has seen them
-    torch.testing.assert_close(fit(e, moved, rows=range(20))[0].mean, moved.mean((0, 1)))
-    everything = fit(e, rows=range(40))[1]
+    assert fit(e, moved, task_ids=range(20))[1] != history     # the untold half has seen them
+    torch.testing.assert_close(fit(e, moved, task_ids=range(20))[0].mean, moved.mean((0, 1)))
+    everything = fit(e, task_ids=range(40))[1]
     assert everything == fit(e)[1]                                 # all rows are the same as no rows
 
 
 def test_the_unconditional_half_stays_usable(latents):
     "With γ = 0, samples are like latents of both questions, although only one was ever described"
     hvae, weights, e = latents
-    ldm, _ = learn(latents, rows=range(20), drop=.5, steps=400)
+    ldm, _ = learn(latents, task_ids=range(20), p_uncond=.5, steps=400)
     true = hvae.encode(weights)[0].mean(1)
     centres = torch.stack([true[:20].mean(0), true[20:].mean(0)])
     second = lambda gamma: (torch.cdist(ldm.sample(e[:1].repeat(200, 1), gamma, seed(6)), centres).argmin(1) == 1).float().mean()
@@ -186,7 +186,7 @@ def test_the_unconditional_half_stays_usable(latents):
 def test_regression_finds_the_mean():
     mu = torch.tensor([[[-1.], [1.]], [[1.], [3.]], [[50.], [50.]]])
     e = torch.eye(3); e[2] = torch.nan                             # not described, never read
-    fit = lambda: train_regression(mu, e, rows=[0, 1], steps=300, lr=1e-2, hidden=(16,), generator=seed(1))
+    fit = lambda: train_regression(mu, e, task_ids=[0, 1], steps=300, lr=1e-2, hidden=(16,), generator=seed(1))
     (net, history), (again, same) = fit(), fit()
     torch.testing.assert_close(net(e[:2]).flatten(), torch.tensor([0., 2.]), atol=.05, rtol=0)
     assert history == same and torch.equal(net(e[:2]), again(e[:2])) and history[-1] < history[0]
@@ -300,7 +300,7 @@ def test_latents_are_drawn_and_only_described_tasks_are_told(monkeypatch):
         return loss(net, z0, schedule, kind, generator, e)
     monkeypatch.setattr(module, 'diffusion_loss', recorded)
     mu, e, spread = 10.*torch.arange(n)[:, None, None].expand(n, 1, Z), questions(n), .5
-    ldm, _ = train_hyperldm(mu, torch.full_like(mu, 2*math.log(spread)), e, rows=[1, 3], steps=40, batch=32, hidden=(8,), drop=.5, generator=seed(5))
+    ldm, _ = train_hyperldm(mu, torch.full_like(mu, 2*math.log(spread)), e, task_ids=[1, 3], steps=40, batch=32, hidden=(8,), p_uncond=.5, generator=seed(5))
     z, heard = torch.cat(z)*ldm.std + ldm.mean, torch.cat(heard)
     task, told = (z.mean(1)/10).round().long(), heard.any(1)
     off = z - 10.*task[:, None]

@@ -122,7 +122,7 @@ def test_tuning_never_reads_an_undescribed_question():
     spoiled = data.reread(data.e.clone()); spoiled.e[5:] = 1e3
     valid = data.reread(data.e.flip(0))
     for train in (lambda d: tune(adapter, hvae, ldm, mu, log_var, d, valid, rows, epochs=2, keep=.1, generator=seed(9))[0].state_dict(),
-                  lambda d: train_residual_hypernet(adapter, hvae.mean, d, valid, epochs=2, generator=seed(9), rows=rows)[0].state_dict()):
+                  lambda d: train_residual_hypernet(adapter, hvae.mean, d, valid, epochs=2, generator=seed(9), task_ids=rows)[0].state_dict()):
         one, other = train(data), train(spoiled)
         assert all(torch.equal(one[k], other[k]) for k in one)
 

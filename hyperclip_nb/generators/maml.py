@@ -99,7 +99,7 @@ def train_hnet_maml(adapter:Adapter, data:TaskData, valid:TaskData, epochs:int=1
     return net.requires_grad_(False), history
 
 def train_cond_hnet_maml(adapter:Adapter, data:TaskData, valid:TaskData, epochs:int=15, lr:float=1e-3, inner_lr:float=.3, most:int=10,
-                         generator:torch.Generator=None, **kw): # `kw` goes to `fit`; `rows` are the tasks whose descriptor is known
+                         generator:torch.Generator=None, **kw): # `kw` goes to `fit`; `task_ids` are the tasks whose descriptor is known
     "Algorithm 7, Cond. HNet-MAML: a hypernetwork from task embeddings, which are adapted, and the history"
     h = HyperNet(adapter.width, adapter.n_weights, generator=generator).to(data.device)
     history = _train(h.parameters(), lambda e: e, h, adapter, data, valid, epochs, lr, inner_lr, most, generator, **kw)

@@ -23,7 +23,7 @@ def train_multitask(adapter:Adapter, data:TaskData, valid:TaskData, epochs:int=1
 
 # %% ../../nbs/generators/19_multitask.ipynb #914c74ba
 def train_cond_multitask(adapter:Adapter, data:TaskData, valid:TaskData, epochs:int=20, lr:float=1e-3,
-                         generator:torch.Generator=None, **kw): # `kw` goes to `fit`; `rows` are the tasks whose descriptor is known
+                         generator:torch.Generator=None, **kw): # `kw` goes to `fit`; `task_ids` are the tasks whose descriptor is known
     "Algorithm 5, Cond. Multitask: a hypernetwork from task embeddings to weights, and its history"
     h = HyperNet(adapter.width, adapter.n_weights, generator=generator).to(data.device)
     history = fit_tasks(h.parameters(), h, adapter, data, valid, epochs, lr, generator, **kw)
@@ -44,7 +44,7 @@ class FiLM(nn.Module):
         return torch.cat([((1 + scale)[..., None]*w['W1']).flatten(1), (1 + scale)*w['b1'] + shift, same(w['W2']), same(w['b2'])], 1)
 
 def train_cond_film(adapter:Adapter, data:TaskData, valid:TaskData, epochs:int=30, lr:float=5e-3,
-                    generator:torch.Generator=None, **kw): # `kw` goes to `fit`; `rows` are the tasks whose descriptor is known
+                    generator:torch.Generator=None, **kw): # `kw` goes to `fit`; `task_ids` are the tasks whose descriptor is known
     "Algorithm 6, Cond. Multitask FiLM: one adapter and a modulation that reads the question, and the history"
     film = FiLM(adapter, generator).to(data.device)
     history = fit_tasks(film.parameters(), film, adapter, data, valid, epochs, lr, generator, **kw)

@@ -62,7 +62,7 @@ class Stored:
         if path and path.exists(): out = self._load(path, empty)
         else:
             kw = dict(self.preset[settings or stage], generator=stage_rng(self.seed, stage.split('-')[0]), progress=lambda steps: self.run.track(steps, stage.replace('_', ' ')))
-            if told: kw['rows'] = self.rows
+            if told: kw['task_ids'] = self.rows
             if longer: kw['epochs'] = round(kw['epochs']/self.share**.5)       # fewer tasks make shorter epochs
             with torch.enable_grad(), bf16_autocast(self.run.device == 'cuda' and stage in HALF): out = make(**kw)
             if path: atomic_write(path, save({k: v.contiguous() for k, v in _state(out).items()}))

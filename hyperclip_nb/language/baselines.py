@@ -8,29 +8,41 @@ __all__ = ['train_regression', 'ResidualHyperNet', 'train_residual_hypernet', 'R
 # %% ../../nbs/language/29_baselines.ipynb #d1975a01
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from ..data.tasks import TaskData
 from ..base.adapter import Adapter
-from ..base.training import adamw, fit_tasks, fork_rng
+from ..base.training import adamw, fit, fit_tasks, fork_rng, one_cycle
 from ..generators.hypernet import HyperNet, mlp
 
 # %% ../../nbs/language/29_baselines.ipynb #8b65967c
-def train_regression(mu:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights; (T,D) task embeddings
-                     rows=None,           # tasks whose descriptor is known; all where None
-                     steps:int=400, batch:int=128, lr:float=1e-3, hidden:tuple=(256, 256),
-                     generator:torch.Generator=None, progress=lambda steps: steps): # -> network from (B,D) to (B,Z), list of losses
+def train_regression(
+    mu:Tensor, # mean latents of adapted weights (T,K,Z)
+    e:Tensor, # task embeddings (T,D)
+    task_ids=None, # tasks whose question may be read (n,); None: all
+    steps:int=400, # steps of training
+    batch:int=128, # tasks in a step
+    lr:float=1e-3, # highest learning rate
+    hidden:tuple=(256, 256), # widths of the hidden layers
+    generator:torch.Generator=None, # of first weights and of tasks
+    progress=lambda steps: steps, # wraps the steps, to show how far it is
+)->tuple: # a network from (B,D) to (B,Z), and the loss of each step
     "What a diffusion has to beat: the one latent that is best in the mean square, given the question"
-    known = torch.arange(len(e)) if rows is None else torch.as_tensor(rows)
-    net, history = mlp(e.shape[1], *hidden, mu.shape[-1], generator=generator).to(e.device), []
-    opt = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.05)
-    for _ in progress(range(steps)):
-        some = known[torch.randint(len(known), (batch,), generator=generator)]
-        loss = (net(e[some]) - mu[some].mean(1)).square().mean()
-        opt.zero_grad(); loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 10.)
-        opt.step(); rate.step()
-        history.append(loss.detach())
-    return net.eval().requires_grad_(False), torch.stack(history).tolist()
+    if task_ids is None:
+        task_ids = range(len(e))
+    task_ids = torch.as_tensor(task_ids)
+    net = mlp(e.shape[1], *hidden, mu.shape[-1], generator=generator).to(e.device)
+    optimizer, scheduler = one_cycle(net.parameters(), lr, steps)
+
+    def batches():
+        for _ in progress(range(steps)):
+            picks = torch.randint(len(task_ids), (batch,), generator=generator)
+            yield task_ids[picks]
+
+    def loss(some):
+        return dict(loss=F.mse_loss(net(e[some]), mu[some].mean(1)))
+
+    history, _ = fit(net.parameters(), [batches()], loss, optimizer, scheduler)
+    return net.eval().requires_grad_(False), [step['loss'] for step in history]
 
 # %% ../../nbs/language/29_baselines.ipynb #ecc81f40
 class ResidualHyperNet(nn.Module):
@@ -47,11 +59,11 @@ class ResidualHyperNet(nn.Module):
         return self.W0 + self.h(e)
 
 def train_residual_hypernet(adapter:Adapter, W0:Tensor, data:TaskData, valid:TaskData, epochs:int=14, lr:float=1e-3,
-                      generator:torch.Generator=None, **kw): # `kw` goes to `fit`; `rows` are the tasks whose descriptor is known
+                      generator:torch.Generator=None, **kw): # `kw` goes to `fit`; `task_ids` are the tasks whose descriptor is known
     "Cond. Multitask as strong as we can make it, and its history"
     with fork_rng(generator, data.device):
         net = ResidualHyperNet(W0, adapter.width, generator=generator).to(data.device)
-        history = fit_tasks(net.parameters(), net, adapter, data, valid, epochs, lr, generator, ema=.98, optimiser=adamw, **kw)
+        history = fit_tasks(net.parameters(), net, adapter, data, valid, epochs, lr, generator, ema=.98, optimizer=adamw, **kw)
     return net.eval().requires_grad_(False), history
 
 # %% ../../nbs/language/29_baselines.ipynb #58bc7d74
@@ -66,12 +78,12 @@ class Ridge(nn.Module):
         return self.mean + (-self.kappa*torch.cdist(e, self.e).square()).exp()@self.dual
 
 def fit_ridge(mu:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights; (T,D) whitened task embeddings
-              rows=None,           # tasks whose descriptor is known; all where None. The mean latent is that of all
+              task_ids=None,           # tasks whose descriptor is known; all where None. The mean latent is that of all
               alpha:float=.1, kappa:float=.01)->Ridge:
     "Solve kernel ridge regression from questions to the mean latent of each task"
-    rows = torch.arange(len(e)) if rows is None else torch.as_tensor(rows)
-    z, net = mu.mean(1), Ridge(len(rows), e.shape[1], mu.shape[-1], kappa).to(e.device)
-    net.mean.copy_(z.mean(0)); net.e.copy_(e[rows])
+    task_ids = torch.arange(len(e)) if task_ids is None else torch.as_tensor(task_ids)
+    z, net = mu.mean(1), Ridge(len(task_ids), e.shape[1], mu.shape[-1], kappa).to(e.device)
+    net.mean.copy_(z.mean(0)); net.e.copy_(e[task_ids])
     likeness = (-kappa*torch.cdist(net.e, net.e).square()).exp().double()
-    net.dual.copy_(torch.linalg.solve(likeness + alpha*torch.eye(len(rows), device=e.device), (z[rows] - z.mean(0)).double()))
+    net.dual.copy_(torch.linalg.solve(likeness + alpha*torch.eye(len(task_ids), device=e.device), (z[task_ids] - z.mean(0)).double()))
     return net

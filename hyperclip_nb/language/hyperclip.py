@@ -34,18 +34,18 @@ def contrastive_loss(H:Tensor, E:Tensor, # (N,D) embeddings of weights and of qu
 # %% ../../nbs/language/23_hyperclip.ipynb #5398ba9f
 def train_hyperclip(weights:Tensor, # (T,K,P) adapted weights
                     e:Tensor,       # (T,D) task embeddings
-                    rows=None,      # tasks whose descriptor is known; all where None
+                    task_ids=None,      # tasks whose descriptor is known; all where None
                     steps:int=600, batch:int=64, lr:float=3e-4, hidden:int=256, scale:float=30.,
                     noise:float=1., # on the weights, in units of their own spread
                     generator:torch.Generator=None, progress=lambda steps: steps): # -> HyperCLIP, list of losses
     "Algorithm 1: contrastive training on adapted weights and their questions"
     net, history = HyperCLIP(weights.shape[-1], e.shape[1], hidden, generator).to(weights.device), []
     net.mean.copy_(weights.mean((0, 1))); net.scale.copy_((weights - net.mean).std())
-    rows = torch.arange(len(e)) if rows is None else torch.as_tensor(rows)
+    task_ids = torch.arange(len(e)) if task_ids is None else torch.as_tensor(task_ids)
     opt = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
     E = F.normalize(e, dim=-1)
     for _ in progress(range(steps)):
-        some = rows[torch.randperm(len(rows), generator=generator)[:batch]]
+        some = task_ids[torch.randperm(len(task_ids), generator=generator)[:batch]]
         W = weights[some, torch.randint(weights.shape[1], (len(some),), generator=generator)]
         if noise: W = W + noise*net.scale*torch.randn(W.shape, generator=generator).to(W.device)
         loss = contrastive_loss(net(W), E[some], scale)

@@ -110,9 +110,9 @@ class HyperLDM(nn.Module):
 def cfg_diffusion_loss(net, ldm:HyperLDM, # the noise network that learns; its scale, schedule and kind
                    mu:Tensor, log_var:Tensor, e:Tensor, # (T,K,Z) latents of adapted weights, as mean and log-variance; (T,D) task embeddings
                    known:Tensor,      # tasks whose descriptor may be told
-                   batch:int, drop:float, generator:torch.Generator)->Tensor: # latents in a batch; share that is told nothing -> a scalar
+                   batch:int, p_uncond:float, generator:torch.Generator)->Tensor: # latents in a batch; share that is told nothing -> a scalar
     "Eq. 9 on a random batch of latents"
-    told = torch.rand(batch, generator=generator) >= drop
+    told = torch.rand(batch, generator=generator) >= p_uncond
     some, k = (torch.randint(n, (batch,), generator=generator) for n in mu.shape[:2])       # of all tasks, described or not,
     some[told] = known[torch.randint(len(known), (int(told.sum()),), generator=generator)]  # but who is told must have something to be told
     z = (reparameterize(mu[some, k], log_var[some, k], generator) - ldm.mean)/ldm.std
@@ -121,20 +121,20 @@ def cfg_diffusion_loss(net, ldm:HyperLDM, # the noise network that learns; its s
 # %% ../../nbs/language/27_hyperldm.ipynb #0abef615
 def train_hyperldm(mu:Tensor, log_var:Tensor, # (T,K,Z) latents of adapted weights, as mean and log-variance
                    e:Tensor,                  # (T,D) task embeddings
-                   rows=None,                 # tasks whose descriptor is known; all where None
+                   task_ids=None,                 # tasks whose descriptor is known; all where None
                    steps:int=800, batch:int=128, lr:float=1e-3, hidden:tuple=(256, 256, 256), kind:str='v',
-                   drop:float=.15,            # how often the condition is replaced by zeros
+                   p_uncond:float=.15,            # how often the condition is replaced by zeros
                    ema:float=.999,            # memory of the averaged weights that sampling uses
                    generator:torch.Generator=None, progress=lambda steps: steps): # -> HyperLDM, list of losses
     "Algorithm 13: learn to denoise the latents of adapted weights, given the question (Eq. 9)"
-    known = torch.arange(len(e)) if rows is None else torch.as_tensor(rows)
+    known = torch.arange(len(e)) if task_ids is None else torch.as_tensor(task_ids)
     ldm = HyperLDM(mu.shape[-1], e.shape[1], hidden, kind, generator).to(e.device)
     ldm.mean.copy_(mu.mean((0, 1))); ldm.std.copy_((mu.var((0, 1)) + log_var.exp().mean((0, 1))).sqrt())
     net, average, history = copy.deepcopy(ldm.net), ldm.net.requires_grad_(False), []
     opt = torch.optim.AdamW(net.parameters(), lr=lr, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.05)
     for i in progress(range(steps)):
-        loss = cfg_diffusion_loss(net, ldm, mu, log_var, e, known, batch, drop, generator)
+        loss = cfg_diffusion_loss(net, ldm, mu, log_var, e, known, batch, p_uncond, generator)
         opt.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 10.)
         opt.step(); rate.step()

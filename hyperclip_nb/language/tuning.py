@@ -48,7 +48,7 @@ class TunedLDM(nn.Module):
 def tune(adapter:Adapter, hvae:HVAE, ldm:HyperLDM,
          mu:Tensor, log_var:Tensor,            # (T,K,Z) latents of adapted weights
          data:TaskData, valid:TaskData,
-         rows=None,                            # tasks whose descriptor is known; all where None
+         task_ids=None,                            # tasks whose descriptor is known; all where None
          epochs:int=8, lr:float=1e-3,
          gamma:float=2., spread:float=.5,      # guidance scales are drawn from gamma ± spread
          keep:float=0.,                        # λ, the share of the diffusion loss
@@ -56,7 +56,7 @@ def tune(adapter:Adapter, hvae:HVAE, ldm:HyperLDM,
          recompute:bool=False,                 # save memory: compute each step of the sampler again for its gradient
          generator:torch.Generator=None, progress=lambda epochs: epochs): # -> TunedLDM, history
     "Train a noise network and a direct way on the task loss, through the sampler; copies, the originals stay as they are"
-    known = torch.arange(len(data)) if rows is None else torch.as_tensor(rows)
+    known = torch.arange(len(data)) if task_ids is None else torch.as_tensor(task_ids)
     uniform = lambda *shape: torch.rand(*shape, generator=generator)
     with fork_rng(generator, data.device):
         model = TunedLDM(copy.deepcopy(hvae), copy.deepcopy(ldm), gamma, generator=generator).to(data.device).requires_grad_(False)
