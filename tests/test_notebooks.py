@@ -1,5 +1,8 @@
 "Every notebook runs, is clean, and is what `hyperclip_nb/` was exported from."
-import os, shutil, subprocess, sys
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,12 @@ test_nb.__test__ = False  # a helper, although its name looks like a test
 root = Path(__file__).parent.parent
 notebooks = sorted((root/'nbs').rglob('[!_.]*.ipynb'))
 each = pytest.mark.parametrize('nb', notebooks, ids=lambda p: p.stem)
+EXPORT = '''
+from nbdev.clean import nbdev_clean
+from nbdev.doclinks import nbdev_export
+nbdev_clean()
+nbdev_export()
+'''
 
 
 @each
@@ -18,33 +27,45 @@ def test_runs(nb, capsys, monkeypatch):
     with monkeypatch.context() as m:
         m.chdir(root)
         ok, _ = test_nb(nb, skip_flags=['notest'], basepath=root)
-    if not ok: pytest.fail(capsys.readouterr().err, pytrace=False)
+    if not ok:
+        pytest.fail(capsys.readouterr().err, pytrace=False)
 
 
 @pytest.fixture(scope='session')
 def fresh(tmp_path_factory):
-    "A copy of the project, with its notebooks cleaned and its modules exported anew."
+    "A copy of the project, its notebooks cleaned and its modules exported anew."
     new = tmp_path_factory.mktemp('project')
     shutil.copy(root/'settings.ini', new)
     shutil.copytree(root/'nbs', new/'nbs')
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}  # with it nbdev exports nothing
-    code = 'from nbdev.clean import nbdev_clean; from nbdev.doclinks import nbdev_export; nbdev_clean(); nbdev_export()'
-    subprocess.run([sys.executable, '-c', code], cwd=new, env=env, check=True)
+    # with IN_TEST nbdev exports nothing
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+    subprocess.run([sys.executable, '-c', EXPORT], cwd=new, env=env, check=True)
     return new
 
 
 @each
 def test_clean(nb, fresh):
-    assert nb.read_bytes() == (fresh/nb.relative_to(root)).read_bytes(), f'run `nbdev_clean --fname {nb.relative_to(root)}`'
+    name = nb.relative_to(root)
+    assert nb.read_bytes() == (fresh/name).read_bytes(), f'run `nbdev_clean --fname {name}`'
+
+
+def modules(folder):
+    "The source of each module, by its path"
+    paths = sorted((folder/'hyperclip_nb').rglob('*.py'))
+    return {str(p.relative_to(folder)): p.read_text(encoding='utf-8') for p in paths}
 
 
 def test_export(fresh):
-    def modules(path): return {str(p.relative_to(path)): p.read_text(encoding='utf-8') for p in sorted((path/'hyperclip_nb').rglob('*.py'))}
     old, new = modules(root), modules(fresh)
     differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    assert not differ, f'run `nbdev_export`: {", ".join(differ)} differ from the notebooks'
+    message = f'run `nbdev_export`: {", ".join(differ)} differ from the notebooks'
+    assert not differ, message
 
 
 def test_readme():
-    new = subprocess.run([sys.executable, root/'.ci/readme'], capture_output=True, text=True, encoding='utf-8', check=True).stdout
-    assert (root/'README.md').read_text(encoding='utf-8') == new, 'run `.ci/refresh index`: README.md is made from nbs/index.ipynb'
+    made = subprocess.run(
+        [sys.executable, root/'.ci/readme'],
+        capture_output=True, text=True, encoding='utf-8', check=True,
+    )
+    message = 'run `.ci/refresh index`: README.md is made from nbs/index.ipynb'
+    assert (root/'README.md').read_text(encoding='utf-8') == made.stdout, message
