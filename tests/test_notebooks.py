@@ -46,7 +46,8 @@ def fresh(tmp_path_factory):
 @each
 def test_clean(nb, fresh):
     name = nb.relative_to(root)
-    assert nb.read_bytes() == (fresh/name).read_bytes(), f'run `nbdev_clean --fname {name}`'
+    message = f'run `nbdev_clean --fname {name}`'
+    assert nb.read_bytes() == (fresh/name).read_bytes(), message
 
 
 def modules(folder):
