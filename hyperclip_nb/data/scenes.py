@@ -66,7 +66,11 @@ def prior(
     n = {name: len(values) for name, values in ATTRIBUTES.items()}
     n['background'] = len(BACKGROUNDS)
 
-    def likes(given, what, strength=1.): # names of two attributes, relative skew
+    def likes(
+        given, # attribute that is known
+        what, # attribute that it makes more or less likely
+        strength=1., # in parts of `skew`
+    ): # logits, one row a value of `given`
         return strength*skew*rng.standard_normal((n[given], n[what]))
 
     return dict(
