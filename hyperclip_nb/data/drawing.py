@@ -23,11 +23,14 @@ def _star():
         points += [tip, notch]
     return points
 
-# %% ../../nbs/data/03_drawing.ipynb #6b9cbad3
+# %% ../../nbs/data/03_drawing.ipynb #7e65b0b5
 def _heart():
     t = np.linspace(0, 2*np.pi, 80)
     x = 1.05*np.sin(t)**3
-    y = 13*np.cos(t) - 5*np.cos(2*t) - 2*np.cos(3*t) - np.cos(4*t)
+    y = (
+        13*np.cos(t) - 5*np.cos(2*t)
+        - 2*np.cos(3*t) - np.cos(4*t)
+    )
     return list(zip(x, -y/15.5)) # y grows downwards
 
 def _drop():
