@@ -1,50 +1,78 @@
-"HyperCLIP learns which question a network answers, and only that; guidance climbs what it is given, on a leash."
-import math, pytest, torch, torch.nn.functional as F
+"""HyperCLIP learns which question a network answers, and only that.
+Guidance climbs what it is given, on a leash."""
+import math
+import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from hyperclip_nb.language.guidance import guide, hyperclip_score
 from hyperclip_nb.generators.hypernet import mlp
+from hyperclip_nb.language.guidance import guide, hyperclip_score
 from hyperclip_nb.language.hyperclip import (
     HyperCLIP, contrastive_loss, rank_of, task_similarity, train_hyperclip,
 )
 
-D, P, Z, T, NEW = 8, 40, 5, 120, 60
+D, P, Z = 8, 40, 5 # width of a question, weights of a network, width of a latent
+TRAIN, NEW = 120, 60 # tasks
+QUICK = dict(steps=150, hidden=32, lr=3e-3, noise=.3)
 few = settings(max_examples=25, deadline=None)
+assert_close = torch.testing.assert_close
 
 
-def seed(n=0): return torch.Generator().manual_seed(n)
+def seed(n=0):
+    return torch.Generator().manual_seed(n)
 
 
-def unit(n, s=0, d=D): return F.normalize(torch.randn(n, d, generator=seed(s)), dim=-1)
+def unit(n, s=0, d=D):
+    return F.normalize(torch.randn(n, d, generator=seed(s)), dim=-1)
 
 
 @pytest.fixture(scope='module')
 def tasks():
-    "Weights that are a linear function of the question, plus a common start and some noise: (T+NEW,2,P) and (T+NEW,D)"
-    e = 3*torch.randn(T + NEW, D, generator=seed(0))
+    "Weights (TRAIN+NEW,2,P): linear in the questions (TRAIN+NEW,D), a start, noise"
+    n = TRAIN + NEW
+    e = 3*torch.randn(n, D, generator=seed(0))
     W = 5 + e@torch.randn(D, P, generator=seed(1))
-    return W[:, None] + .5*torch.randn(T + NEW, 2, P, generator=seed(2)), e
+    return W[:, None] + .5*torch.randn(n, 2, P, generator=seed(2)), e
 
 
 @pytest.fixture(scope='module')
-def reader(tasks):
+def training(tasks):
+    "A trained reader and its losses"
     weights, e = tasks
-    return train_hyperclip(weights[:T], e[:T], generator=seed(3), **quick)
+    return train_hyperclip(weights[:TRAIN], e[:TRAIN], generator=seed(3), **QUICK)
 
 
-quick = dict(steps=150, hidden=32, lr=3e-3, noise=.3)
+@pytest.fixture(scope='module')
+def reader(training):
+    return training[0]
 
 
-def hits(net, tasks, n=1):
+@pytest.fixture(scope='module')
+def new_tasks(tasks):
+    "One network (NEW,P) and the question (NEW,D) of each new task"
+    weights, e = tasks
+    return weights[TRAIN:, 0], e[TRAIN:]
+
+
+def share_among_first(n, reader, new_tasks):
     "Share of new networks whose question is among the first n"
-    weights, e = tasks
-    return (rank_of(task_similarity(net, weights[T:, 0], e[T:]), torch.arange(NEW)) <= n).float().mean().item()
+    rank = rank_of(task_similarity(reader, *new_tasks), torch.arange(NEW))
+    return (rank <= n).float().mean().item()
 
 
 def test_the_loss_by_hand():
-    h, e = torch.tensor([[1., 0.], [0., 1.]]), torch.tensor([[1., 0.], [.6, .8]])   # cosines 1, .6; 0, .8
-    row = (math.log(math.exp(2) + math.exp(1.2)) - 2 + math.log(1 + math.exp(1.6)) - 1.6)/2
-    column = (math.log(math.exp(2) + 1) - 2 + math.log(math.exp(1.2) + math.exp(1.6)) - 1.6)/2
-    assert contrastive_loss(h, e, scale=2.).item() == pytest.approx((row + column)/2, abs=1e-6)
+    h = torch.tensor([[1., 0.], [0., 1.]])
+    e = torch.tensor([[1., 0.], [.6, .8]]) # cosines 1, .6; 0, .8
+    rows = (
+        math.log(math.exp(2) + math.exp(1.2)) - 2,
+        math.log(1 + math.exp(1.6)) - 1.6,
+    )
+    columns = (
+        math.log(math.exp(2) + 1) - 2,
+        math.log(math.exp(1.2) + math.exp(1.6)) - 1.6,
+    )
+    expected = (sum(rows) + sum(columns))/4
+    assert contrastive_loss(h, e, scale=2.).item() == pytest.approx(expected, abs=1e-6)
 
 
 @few
@@ -52,18 +80,23 @@ def test_the_loss_by_hand():
 def test_the_loss_is_symmetric_blind_to_order_and_bounded(n, s, scale):
     h, e = unit(n, s), unit(n, s + 1)
     loss = contrastive_loss(h, e, scale)
-    torch.testing.assert_close(loss, contrastive_loss(e, h, scale), rtol=1e-4, atol=1e-4)
+    assert_close(loss, contrastive_loss(e, h, scale), rtol=1e-4, atol=1e-4)
     order = torch.randperm(n, generator=seed(s))
-    torch.testing.assert_close(loss, contrastive_loss(h[order], e[order], scale), rtol=1e-4, atol=1e-4)
-    assert loss >= math.log(1 + (n - 1)*math.exp(-2*scale)) - 1e-4        # no cosines are further apart than 1 and -1
+    reordered = contrastive_loss(h[order], e[order], scale)
+    assert_close(loss, reordered, rtol=1e-4, atol=1e-4)
+    # no cosines are further apart than 1 and -1
+    assert loss >= math.log(1 + (n - 1)*math.exp(-2*scale)) - 1e-4
     same = unit(1, s).expand(n, -1)
-    assert contrastive_loss(same, same, scale).item() == pytest.approx(math.log(n), abs=1e-3)
+    of_same = contrastive_loss(same, same, scale).item()
+    assert of_same == pytest.approx(math.log(n), abs=1e-3)
 
 
 @pytest.mark.parametrize('s', range(5))
 def test_matched_pairs_have_the_smallest_loss(s):
     h = unit(10, s, d=32)
-    assert all(contrastive_loss(h, h) < contrastive_loss(h, h[torch.arange(10).roll(k)]) for k in range(1, 10))
+    matched = contrastive_loss(h, h)
+    for shift in range(1, 10):
+        assert matched < contrastive_loss(h, h.roll(shift, 0))
 
 
 def test_embeddings_have_norm_one_and_any_shape():
@@ -71,93 +104,132 @@ def test_embeddings_have_norm_one_and_any_shape():
     for shape in ((P,), (3, P), (3, 2, P)):
         out = net(torch.randn(shape, generator=seed(1)))
         assert out.shape == (*shape[:-1], D)
-        torch.testing.assert_close(out.norm(dim=-1), torch.ones(shape[:-1]))
+        assert_close(out.norm(dim=-1), torch.ones(shape[:-1]))
 
 
-def test_places():
+def test_ranks():
     scores = torch.tensor([[.9, .1, .5], [.9, .1, .5], [.9, .9, .5]])
     assert rank_of(scores, torch.tensor([0, 1, 1])).tolist() == [1, 3, 1]
 
 
-def test_new_tasks_are_inferred(reader, tasks):
-    net, history = reader
-    assert sum(history[-10:]) < .5*sum(history[:10])
-    assert hits(net, tasks) > .3 and hits(net, tasks, 5) > .7             # chance: 1/60 and 5/60
-    assert not any(p.requires_grad for p in net.parameters())
+def test_new_tasks_are_inferred(training, new_tasks):
+    reader, losses = training
+    assert sum(losses[-10:]) < .5*sum(losses[:10])
+    assert share_among_first(1, reader, new_tasks) > .3 # chance: 1/60
+    assert share_among_first(5, reader, new_tasks) > .7 # chance: 5/60
+    assert not any(p.requires_grad for p in reader.parameters())
 
 
-def test_exchanged_pairs_teach_nothing(tasks):
+def test_exchanged_pairs_teach_nothing(tasks, new_tasks):
     weights, e = tasks
-    net, _ = train_hyperclip(weights[:T], e[:T][torch.randperm(T, generator=seed(4))], generator=seed(3), **quick)
-    assert hits(net, tasks, 5) < .3
+    exchanged = e[:TRAIN][torch.randperm(TRAIN, generator=seed(4))]
+    reader, _ = train_hyperclip(weights[:TRAIN], exchanged, generator=seed(3), **QUICK)
+    assert share_among_first(5, reader, new_tasks) < .3
 
 
-def test_only_the_length_of_weights_and_questions_is_ignored(reader, tasks):
-    net, (weights, e) = reader[0], tasks
-    W = weights[T:, 0]
-    torch.testing.assert_close(task_similarity(net, W, e), task_similarity(net, W, 7*e))
-    torch.testing.assert_close(hyperclip_score(net, W, e[T:]), task_similarity(net, W, e[T:]).diag())
-    assert not torch.allclose(net(W), net(2*W))                           # the size of weights does say something
+def test_only_the_length_of_weights_and_questions_is_ignored(reader, new_tasks):
+    W, e = new_tasks
+    assert_close(task_similarity(reader, W, e), task_similarity(reader, W, 7*e))
+    own = task_similarity(reader, W, e).diag()
+    assert_close(hyperclip_score(reader, W, e), own)
+    # the size of weights does say something
+    assert not torch.allclose(reader(W), reader(2*W))
 
 
-def test_rows_are_all_that_is_read(tasks):
-    weights, e = tasks
-    rows = torch.arange(0, T, 3)
-    blank = torch.full_like(e, torch.nan); blank[rows] = e[rows]
-    a, b = (train_hyperclip(weights[:T], x[:T], task_ids=rows, generator=seed(3), **quick | dict(steps=20)) for x in (e, blank))
-    everything = train_hyperclip(weights[:T], e[:T], generator=seed(3), **quick | dict(steps=20))
-    assert a[1] == b[1] != everything[1]
-    torch.testing.assert_close(a[0].mean, weights[:T].mean((0, 1)))       # the mean needs no question
+def test_no_question_of_other_tasks_is_read(tasks):
+    weights, e = tasks[0][:TRAIN], tasks[1][:TRAIN]
+    task_ids = torch.arange(0, TRAIN, 3)
+    blank = torch.full_like(e, torch.nan)
+    blank[task_ids] = e[task_ids]
+
+    def train(e, task_ids=None):
+        settings = QUICK | dict(steps=20, task_ids=task_ids)
+        return train_hyperclip(weights, e, generator=seed(3), **settings)
+
+    net, losses = train(e, task_ids)
+    _, blank_losses = train(blank, task_ids)
+    _, all_losses = train(e)
+    assert losses == blank_losses
+    assert losses != all_losses
+    assert_close(net.mean, weights.mean((0, 1))) # the mean needs no question
 
 
-def test_a_seed_repeats_the_training(reader, tasks):
-    weights, e = tasks
-    again = lambda s: train_hyperclip(weights[:T], e[:T], generator=seed(s), **quick)
-    net, history = again(3)
-    assert history == reader[1] and all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), reader[0].state_dict().values()))
-    assert again(4)[1] != history
+def test_a_seed_repeats_the_training(training, tasks):
+    weights, e = tasks[0][:TRAIN], tasks[1][:TRAIN]
+    reader, losses = training
+    again, again_losses = train_hyperclip(weights, e, generator=seed(3), **QUICK)
+    assert again_losses == losses
+    for name, value in reader.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    _, other_losses = train_hyperclip(weights, e, generator=seed(4), **QUICK)
+    assert other_losses != losses
 
 
 @pytest.fixture(scope='module')
-def generator(tasks):
-    "A decoder from latents to weights of the right size"
+def decode(tasks):
+    "A generator of weights of the right size from latents"
     weights, _ = tasks
-    net, mean, scale = mlp(Z, 16, P, generator=seed(7)).requires_grad_(False), weights.mean((0, 1)), weights.std()
-    return lambda z: mean.to(z) + scale.to(z)*net.to(z.dtype)(z)
+    net = mlp(Z, 16, P, generator=seed(7)).requires_grad_(False)
+    mean, scale = weights.mean((0, 1)), weights.std()
+
+    def decode(z):
+        return mean.to(z) + scale.to(z)*net.to(z.dtype)(z)
+    return decode
 
 
-def test_the_path_starts_at_the_start(reader, generator, tasks):
-    z0, e = torch.randn(9, Z, generator=seed(8)), tasks[1][T:T+9]
-    kept = z0.clone()
-    path = guide(reader[0], generator, z0, e, steps=7)
-    assert path.shape == (8, 9, Z) and path.isfinite().all() and not path.requires_grad
-    assert torch.equal(path[0], kept) and torch.equal(z0, kept)
-    assert torch.equal(path, guide(reader[0], generator, z0, e, steps=7))
-    assert guide(reader[0], generator, z0, e, steps=0).shape == (1, 9, Z)
-    one_start = guide(reader[0], generator, z0[:1].expand(9, -1), e)      # as with the HNet: one start for all, expanded
-    assert not torch.allclose(one_start[-1, 0], one_start[-1, 1])
+def test_the_path_starts_at_the_start(reader, decode, new_tasks):
+    z0 = torch.randn(9, Z, generator=seed(8))
+    e = new_tasks[1][:9]
+    untouched = z0.clone()
+    path = guide(reader, decode, z0, e, steps=7)
+    assert path.shape == (8, 9, Z)
+    assert path.isfinite().all() and not path.requires_grad
+    assert torch.equal(path[0], untouched) and torch.equal(z0, untouched)
+    assert torch.equal(path, guide(reader, decode, z0, e, steps=7))
+    assert guide(reader, decode, z0, e, steps=0).shape == (1, 9, Z)
 
 
-def test_guidance_raises_the_cosine(reader, generator, tasks):
-    z0, e = torch.randn(NEW, Z, generator=seed(8)), tasks[1][T:]
-    fit = lambda z: hyperclip_score(reader[0], generator(z), e)
-    path = guide(reader[0], generator, z0, e)
-    assert (fit(path[-1]) > fit(path[0])).float().mean() > .9
-    wrong = guide(reader[0], generator, z0, e.roll(1, 0))
-    assert fit(path[-1]).mean() > fit(wrong[-1]).mean() + .1
-    torch.testing.assert_close(guide(reader[0], generator, z0, 5*e), path, atol=1e-3, rtol=1e-3)
+def test_one_start_leads_to_many_ends(reader, decode, new_tasks):
+    "As with the HNet: one start for all, expanded"
+    z0 = torch.randn(1, Z, generator=seed(8)).expand(9, -1)
+    end = guide(reader, decode, z0, new_tasks[1][:9])[-1]
+    assert not torch.allclose(end[0], end[1])
 
 
-def test_a_larger_penalty_is_a_shorter_leash(reader, generator, tasks):
-    z0, e = torch.randn(NEW, Z, generator=seed(8)), tasks[1][T:]
-    way = [(guide(reader[0], generator, z0, e, steps=60, penalty=p)[-1] - z0).norm(dim=-1).mean() for p in (0., .1, .5, 3.)]
-    assert way[0] > way[1] > way[2] > way[3] and way[3] < .2*way[0]
+def test_guidance_raises_the_cosine(reader, decode, new_tasks):
+    z0, e = torch.randn(NEW, Z, generator=seed(8)), new_tasks[1]
+
+    def score(z):
+        return hyperclip_score(reader, decode(z), e)
+
+    path = guide(reader, decode, z0, e)
+    assert (score(path[-1]) > score(path[0])).float().mean() > .9
+    wrong = guide(reader, decode, z0, e.roll(1, 0))
+    assert score(path[-1]).mean() > score(wrong[-1]).mean() + .1
+    of_longer_e = guide(reader, decode, z0, 5*e)
+    assert_close(of_longer_e, path, atol=1e-3, rtol=1e-3)
 
 
-def test_the_gradient_of_the_guidance_loss(reader, generator, tasks):
-    "One step of plain gradient descent on Eq. 4 would go where finite differences say"
-    net = HyperCLIP(P, D, 32); net.load_state_dict(reader[0].state_dict()); net.double()
-    z0, e = torch.randn(3, Z, generator=seed(8)).double(), tasks[1][T:T+3].double()
-    z = (z0 + .3).requires_grad_()
-    loss = lambda z: (.2*(z - z0).norm(dim=-1) - hyperclip_score(net, generator(z), e)).sum()
-    assert torch.autograd.gradcheck(loss, z)
+def test_a_larger_penalty_is_a_shorter_leash(reader, decode, new_tasks):
+    z0, e = torch.randn(NEW, Z, generator=seed(8)), new_tasks[1]
+    distances = []
+    for penalty in (0., .1, .5, 3.):
+        z = guide(reader, decode, z0, e, steps=60, penalty=penalty)[-1]
+        distances.append(float((z - z0).norm(dim=-1).mean()))
+    assert distances == sorted(set(distances), reverse=True)
+    assert distances[-1] < .2*distances[0]
+
+
+def test_the_gradient_of_the_guidance_loss(reader, decode, new_tasks):
+    "A step of plain descent on Eq. 4 would go where finite differences say"
+    exact = HyperCLIP(P, D, 32)
+    exact.load_state_dict(reader.state_dict())
+    exact.double()
+    z0 = torch.randn(3, Z, generator=seed(8)).double()
+    e = new_tasks[1][:3].double()
+
+    def loss(z):
+        score = hyperclip_score(exact, decode(z), e)
+        return (.2*(z - z0).norm(dim=-1) - score).sum()
+
+    assert torch.autograd.gradcheck(loss, (z0 + .3).requires_grad_())
