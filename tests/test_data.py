@@ -20,7 +20,7 @@ from hyperclip_nb.data.metavqa import (
     unseen_queries,
 )
 from hyperclip_nb.data.statements import statement
-from hyperclip_nb.data.tasks import all_texts
+from hyperclip_nb.data.batches import all_texts
 from test_cli import hyperclip
 
 few = settings(max_examples=30, deadline=None)

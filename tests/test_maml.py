@@ -11,7 +11,8 @@ from hyperclip_nb.generators.maml import (
 )
 from hyperclip_nb.generators.fast_maml import defer_weight_grad
 from hyperclip_nb.generators.multitask import FiLM, train_cond_film
-from hyperclip_nb.data.tasks import Features, TaskBatch, TaskData, all_texts, make_task
+from hyperclip_nb.data.batches import Features, TaskBatch, TaskData, all_texts
+from hyperclip_nb.data.tasks import make_task
 
 D = 6
 adapter = Adapter(D, hidden=4, temperature=3.)

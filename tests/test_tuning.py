@@ -13,7 +13,8 @@ from hyperclip_nb.generators.hvae import HVAE
 from hyperclip_nb.language.hyperldm import HyperLDM
 from hyperclip_nb.writer.writer import save_hyperldm
 from hyperclip_nb.base.training import fit_tasks
-from hyperclip_nb.data.tasks import Features, Task, TaskData, all_texts
+from hyperclip_nb.data.batches import Features, TaskData, all_texts
+from hyperclip_nb.data.tasks import Task
 from hyperclip_nb.language.tuning import TunedLDM, tune
 from hyperclip_nb.writer.writer import load_tuned, load_writer, save_tuned
 from hyperclip_nb.language.whitening import fit_whitening

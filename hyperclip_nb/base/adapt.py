@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..data.tasks import TaskBatch, TaskData, buckets
+from ..data.batches import TaskBatch, TaskData, buckets
 from .adapter import Adapter
 
 # %% ../../nbs/base/16_adapt.ipynb #d17f6ec4

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from ..data.files import atomic_write
-from ..data.tasks import TaskBatch
+from ..data.batches import TaskBatch
 
 # %% ../../nbs/base/15_adapter.ipynb #dbf711b8
 @dataclass(frozen=True)

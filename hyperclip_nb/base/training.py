@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from ..data.tasks import TaskData, sample_batch
+from ..data.batches import TaskData, sample_batch
 from .adapter import Adapter
 from .adapt import evaluate, task_losses
 

@@ -291,7 +291,7 @@ def features(folder:Path=typer.Argument(help='folder of tasks; features go into 
     from hyperclip_nb.vision.clip import load_clip
     from hyperclip_nb.vision.features import drop_images, encode_files, image_ids
     from hyperclip_nb.data.metavqa import load_metavqa
-    from hyperclip_nb.data.tasks import all_texts
+    from hyperclip_nb.data.batches import all_texts
     found = load_metavqa(folder); tasks = [t for ts in found.tasks.values() for t in ts]
     clip = load_clip(f'{model}:{pretrained}' if pretrained else model, _device(device))
     with _progress() as progress: lost = encode_files(clip, images, found.images, all_texts(tasks), folder/'features', batch, workers, progress=lambda shards: _tracker(progress)(shards, 'shards of images'))
@@ -305,7 +305,7 @@ PRESET, WIDTH = typer.Option('default', help='smoke, default or paper'), typer.O
 def _width(width, preset): return width or (768 if preset == 'paper' else 96)
 
 def _preset(preset):
-    from hyperclip_nb.lab.runs import PRESETS
+    from hyperclip_nb.lab.stages import PRESETS
     if preset not in PRESETS: raise ValueError(f'unknown preset {preset!r}: use one of {", ".join(PRESETS)}')
     return preset
 

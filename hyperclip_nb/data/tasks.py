@@ -133,9 +133,3 @@ def _check_share(share):
         raise ValueError(
             f'the share of descriptors must be above 0 and at most 1, not {share}'
         )
-
-# %% ../../nbs/data/01_tasks.ipynb #738c485f
-# until every room imports these names from `batches`
-from hyperclip_nb.data.batches import (  # noqa: F401
-    Features, TaskBatch, TaskData, all_texts, buckets, sample_batch,
-)

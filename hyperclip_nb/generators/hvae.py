@@ -8,7 +8,7 @@ __all__ = ['random_splits', 'adapted_weights', 'reparameterize', 'kl_divergence'
 # %% ../../nbs/generators/22_hvae.ipynb #45039bb3
 import torch
 from torch import Tensor, nn
-from ..data.tasks import TaskData, sample_batch
+from ..data.batches import TaskData, sample_batch
 from ..base.adapter import Adapter
 from ..base.adapt import adapt_all, task_losses
 from ..base.training import fit, one_cycle

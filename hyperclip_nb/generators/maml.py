@@ -9,7 +9,7 @@ __all__ = ['split_batch', 'inner_loop', 'HNet', 'maml_loss', 'train_mnet_maml', 
 from dataclasses import replace
 import torch
 from torch import Tensor, nn
-from ..data.tasks import TaskBatch, TaskData
+from ..data.batches import TaskBatch, TaskData
 from ..base.adapter import Adapter
 from ..base.adapt import adaptation_delta, chunk_size, task_losses
 from ..base.training import fit_tasks

@@ -8,7 +8,7 @@ __all__ = ['train_multitask', 'train_cond_multitask', 'FiLM', 'train_cond_film']
 # %% ../../nbs/generators/19_multitask.ipynb #ca8dd662
 import torch
 from torch import Tensor, nn
-from ..data.tasks import TaskData
+from ..data.batches import TaskData
 from ..base.adapter import Adapter
 from ..base.training import fit_tasks
 from .hypernet import HyperNet

@@ -13,7 +13,7 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from ..data.tasks import TaskData, buckets
+from ..data.batches import TaskData, buckets
 from ..base.adapter import Adapter
 from .runs import Run
 from .methods import METHODS, predict_weights

@@ -14,7 +14,7 @@ from ..base.adapter import Adapter
 from ..generators.hvae import HVAE
 from ..language.hyperclip import HyperCLIP
 from ..language.hyperldm import NoiseNet
-from .runs import PRESETS
+from .stages import PRESETS
 from .stages import STAGES
 from .timing import count_parameters, free_memory, seconds
 

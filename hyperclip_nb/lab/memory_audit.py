@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
-from ..data.tasks import TaskData
+from ..data.batches import TaskData
 from ..base.adapter import Adapter
 from ..base.adapt import evaluate
 from .runs import Run

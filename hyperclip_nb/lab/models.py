@@ -12,7 +12,8 @@ from typing import Callable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from ..data.tasks import TaskData, has_descriptor
+from ..data.batches import TaskData
+from ..data.tasks import has_descriptor
 from ..base.adapt import adapt_all
 from ..base.training import bf16_autocast
 from ..language.whitening import fit_whitening

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, TensorDataset
-from ..data.tasks import Features, Task, TaskData, all_texts, sample_batch
+from ..data.batches import Features, TaskData, all_texts, sample_batch
+from ..data.tasks import Task
 from ..base.adapter import Adapter
 from ..base.adapt import accuracy, task_losses
 from ..generators.maml import split_batch

@@ -8,7 +8,7 @@ __all__ = ['SHOTS', 'CURVE', 'SCORES', 'grid_rows', 'support_subset', 'evaluate_
 # %% ../../nbs/lab/38_rows.ipynb #bf4b1eb4
 import torch
 from torch import Tensor
-from ..data.tasks import TaskData
+from ..data.batches import TaskData
 from ..base.adapt import adapt_all, evaluate
 from .stages import Models, stage_rng
 from .methods import ABLATION, METHODS

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 from ..data.files import atomic_write, digest
-from ..data.tasks import TaskData, all_texts
+from ..data.batches import TaskData, all_texts
 from ..data.world import make_world
 from ..data.metavqa import load_metavqa, split_valid, unseen_queries
 from ..vision.clip import load_clip

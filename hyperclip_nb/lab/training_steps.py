@@ -8,7 +8,7 @@ __all__ = ['hvae_step', 'hyperclip_step', 'hyperldm_step']
 # %% ../../nbs/lab/47_training_steps.ipynb #bb05275c
 import torch
 import torch.nn.functional as F
-from ..data.tasks import sample_batch
+from ..data.batches import sample_batch
 from ..base.adapt import task_losses
 from ..generators.hvae import HVAE, kl_divergence, reparameterize, train_hvae
 from ..language.hyperclip import HyperCLIP, contrastive_loss, train_hyperclip

@@ -12,13 +12,13 @@ from itertools import count
 from typing import Callable
 import numpy as np
 import torch
-from ..data.tasks import Features, TaskData, all_texts, sample_batch
+from ..data.batches import Features, TaskData, all_texts, sample_batch
 from ..base.adapter import Adapter
 from ..base.adapt import adapt_all, evaluate
 from ..generators.maml import HNet, maml_loss
 from ..language.ddpm import linear_schedule, sample_dpm
 from ..language.hyperldm import HyperLDM
-from .runs import PRESETS
+from .stages import PRESETS
 from hyperclip_nb.lab.plain import (
     plain_adapt, plain_evaluate, plain_maml, plain_sample, random_tasks,
 )

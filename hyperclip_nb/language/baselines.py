@@ -9,7 +9,7 @@ __all__ = ['ResidualHyperNet', 'train_residual_hypernet', 'train_regression', 'R
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from ..data.tasks import TaskData
+from ..data.batches import TaskData
 from ..base.adapter import Adapter
 from ..base.training import adamw, fit, fit_tasks, fork_rng, one_cycle
 from ..generators.hypernet import HyperNet, mlp

@@ -10,7 +10,7 @@ import copy
 import torch
 from einops import reduce, repeat
 from torch import Tensor, nn
-from ..data.tasks import TaskData
+from ..data.batches import TaskData
 from ..base.adapter import Adapter
 from ..base.adapt import task_losses
 from ..base.training import adamw, fit_tasks, fork_rng

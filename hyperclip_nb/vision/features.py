@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 from ..data.files import atomic_write, digest, load_checked
-from ..data.tasks import Features, all_texts
+from ..data.batches import Features, all_texts
 from ..data.drawing import render
 from ..data.world import World
 from .clip import Clip

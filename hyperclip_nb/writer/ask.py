@@ -62,7 +62,7 @@ def _writer(model:Path): # -> Adapter, function of e, gamma and generator that g
 def _answers(adapter, W, clip, picture, prompt:str, names:list)->list: # of (probability, answer), the likeliest first
     "What a network says about an image"
     import torch
-    from hyperclip_nb.data.tasks import TaskBatch
+    from hyperclip_nb.data.batches import TaskBatch
     x, a = clip.encode_image([picture]), clip.encode_text([prompt.replace('{}', n) for n in names])
     batch = TaskBatch(x[None], torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), a[None], torch.ones(1, len(a), dtype=torch.bool), None)
     return sorted(zip(adapter.logits(W, batch)[0, 0].softmax(0).tolist(), names), reverse=True)
