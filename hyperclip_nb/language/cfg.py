@@ -26,7 +26,7 @@ def condition(
         return net(z, t, e)
     return conditional
 
-# %% ../../nbs/language/26_cfg.ipynb #91191253
+# %% ../../nbs/language/26_cfg.ipynb #15d27449
 def classifier_free(
     net, # noise network: net(z, t, e) gives a prediction shaped like z
     e:Tensor, # task embeddings (B,D); zeros stand for no question
@@ -90,7 +90,7 @@ def guidance_interval(
         return model(z, t)
     return limited
 
-# %% ../../nbs/language/26_cfg.ipynb #db502462
+# %% ../../nbs/language/26_cfg.ipynb #c8b3fa4f
 def autoguided(
     net, # noise network: net(z, t, e) gives a prediction shaped like z
     weak, # noise network that is worse at the same thing

@@ -51,6 +51,15 @@ def contrastive_loss(
     return (find_question + find_network)/2
 
 # %% ../../nbs/language/23_hyperclip.ipynb #5398ba9f
+def _new_reader(weights, e, hidden, generator):
+    "A `HyperCLIP` that knows mean and spread of the weights, and nothing else yet"
+    net = HyperCLIP(weights.shape[-1], e.shape[1], hidden, generator)
+    net.to(weights.device)
+    net.mean.copy_(weights.mean((0, 1)))
+    net.scale.copy_((weights - net.mean).std())
+    return net
+
+# %% ../../nbs/language/23_hyperclip.ipynb #5b430f8d
 def train_hyperclip(
     weights:Tensor, # adapted weights (T,K,P), K networks of each task
     e:Tensor, # task embeddings (T,D)
@@ -67,9 +76,7 @@ def train_hyperclip(
     "Algorithm 1: contrastive training on adapted weights and their questions"
     net = _new_reader(weights, e, hidden, generator)
     questions = F.normalize(e, dim=-1)
-    if task_ids is None:
-        task_ids = range(len(e))
-    task_ids = torch.as_tensor(task_ids)
+    task_ids = torch.as_tensor(range(len(e)) if task_ids is None else task_ids)
 
     def batches():
         for _ in progress(range(steps)):
@@ -78,7 +85,8 @@ def train_hyperclip(
             split = torch.randint(weights.shape[1], (len(ids),), generator=generator)
             W = weights[ids, split] # (batch,P)
             if noise:
-                W = W + noise*net.scale*_randn(W, generator)
+                disturbance = torch.randn(W.shape, generator=generator).to(W.device)
+                W = W + noise*net.scale*disturbance
             yield W, questions[ids]
 
     def loss(pairs): # networks (batch,P), and their questions (batch,D)
@@ -90,18 +98,6 @@ def train_hyperclip(
     losses = [step['loss'] for step in history]
     return net.eval().requires_grad_(False), losses
 
-def _new_reader(weights, e, hidden, generator):
-    "A `HyperCLIP` that knows mean and spread of the weights, and nothing else yet"
-    net = HyperCLIP(weights.shape[-1], e.shape[1], hidden, generator)
-    net.to(weights.device)
-    net.mean.copy_(weights.mean((0, 1)))
-    net.scale.copy_((weights - net.mean).std())
-    return net
-
-def _randn(W, generator):
-    "Standard normal noise like `W`"
-    return torch.randn(W.shape, generator=generator).to(W.device)
-
 # %% ../../nbs/language/23_hyperclip.ipynb #2ca0e675
 def task_similarity(
     net:HyperCLIP, # the reader
@@ -111,7 +107,7 @@ def task_similarity(
     "Cosine of each network with each candidate question (Fig. 3 B, C)"
     return net(W)@F.normalize(e, dim=-1).T
 
-# %% ../../nbs/language/23_hyperclip.ipynb #add23a7d
+# %% ../../nbs/language/23_hyperclip.ipynb #ff57f85c
 def rank_of(
     scores:Tensor, # of candidates (T,C), the larger the better
     right:Tensor, # number of the right candidate (T,), long
