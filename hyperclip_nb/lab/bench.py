@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from ..base.training import bf16_autocast
-from .stages import HALF
+from .stages import STAGES
 from .timing import clock, count_flops, peak_memory, seconds
 from .costs import rates
 from .training_steps import hvae_step, hyperclip_step, hyperldm_step
@@ -139,7 +139,8 @@ def bench(
     setup = Setup(preset, width, device, free_memory=machine['memory'])
     rows = []
     for name in track(names, 'bench'):
-        with bf16_autocast(device == 'cuda' and name in HALF):
+        half = name in STAGES and STAGES[name].bf16
+        with bf16_autocast(device == 'cuda' and half):
             workload = WORKLOADS[name](setup)
             row = measure(workload, rates(device), repeats, device)
         rows.append(dict(stage=name) | row)

@@ -14,8 +14,7 @@ from ..base.adapter import Adapter
 from ..generators.hvae import HVAE
 from ..language.hyperclip import HyperCLIP
 from ..language.hyperldm import NoiseNet
-from .stages import PRESETS
-from .stages import STAGES
+from .stages import PRESETS, STREAMS
 from .timing import count_parameters, free_memory, seconds
 
 # %% ../../nbs/lab/45_costs.ipynb #d52d0cac
@@ -204,7 +203,8 @@ def costs(
         | _network_stages(preset, task, networks)
         | _sampling_stages(preset, tasks, task, networks['hyperldm'])
     )
-    in_order = {stage: rows[stage] for stage in STAGES if stage in rows}
+    by_seed = sorted(STREAMS, key=STREAMS.get)
+    in_order = {stage: rows[stage] for stage in by_seed if stage in rows}
     return pd.DataFrame(in_order, _Cost._fields).T
 
 # %% ../../nbs/lab/45_costs.ipynb #0034d2d8

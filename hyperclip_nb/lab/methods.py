@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'ABLATION', 'ALL', 'AHEAD', 'QUICK', 'Start', 'Method', 'method', 'silent_weights', 'sample_weights',
-           'nearest_question']
+           'nearest_question', 'predict_weights']
 
 # %% ../../nbs/lab/35_methods.ipynb #d3d1762a
 import inspect
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import reduce, repeat
 from torch import Tensor
 from ..language.guidance import guide, hyperclip_score
+from .runs import Run
 from .stages import Models, stage_rng
 
 # %% ../../nbs/lab/35_methods.ipynb #bbaf0132
@@ -253,3 +255,17 @@ AHEAD = ( # the tuned HyperLDM and all its company
 QUICK = ( # what the paper is about, in a few minutes
     'clip', 'multitask', 'cond-multitask', 'hvae-hyperldm',
 )
+
+# %% ../../nbs/lab/35_methods.ipynb #35805be8
+@torch.no_grad()
+def predict_weights(
+    run:Run, # where the method is trained
+    seed:int, # of its training
+    slug:str, # of a method of one vector a task
+    e:Tensor, # task embeddings as CLIP gives them (T,D)
+)->Tensor: # (T,P)
+    "The networks that a method writes for questions, at its own guidance scale"
+    method = METHODS[slug]
+    models = Models(run, seed, white=method.whitened)
+    start = method.start(models, SimpleNamespace(e=models.read(e)))
+    return start.weights(len(e))
