@@ -26,51 +26,51 @@ from hyperclip_nb.command.cli_audits import (
 from .cli_costs import bench, plan, show_plan, threads
 from .cli_data import data_app
 
-# %% ../../nbs/command/49_cli.ipynb #789a7570
-PresetName = Annotated[str, Option(
+# %% ../../nbs/command/49_cli.ipynb #ee975eeb
+_PresetName = Annotated[str, Option(
     help='smoke (two minutes), default (the size of Meta-VQA, on two cores) '
          'or paper (sizes and rates of the paper, on a GPU)',
 )]
-FirstSeed = Annotated[int, Option(
+_FirstSeed = Annotated[int, Option(
     min=0, help='first seed of everything that is trained',
 )]
-Seeds = Annotated[int, Option(min=1, help='how many seeds')]
-Shares = Annotated[str, Option(
+_Seeds = Annotated[int, Option(min=1, help='how many seeds')]
+_Shares = Annotated[str, Option(
     help='shares of the training tasks that come with their question',
 )]
-MethodNames = Annotated[str, Option(
+_MethodNames = Annotated[str, Option(
     help='all, quick, ahead, ablation, or slugs with commas between them '
          '[default: all; quick for smoke]',
     show_default=False,
 )]
-WorldSeed = Annotated[int, Option(min=0, help='seed of scenes and questions')]
-Gammas = Annotated[str, Option(help='guidance scales')]
-OutFolder = Annotated[Optional[Path], Option(
+_WorldSeed = Annotated[int, Option(min=0, help='seed of scenes and questions')]
+_Gammas = Annotated[str, Option(help='guidance scales')]
+_OutFolder = Annotated[Optional[Path], Option(
     help='folder for all that is computed '
          '[default: runs/PRESET-wWORLD-sSEED, or runs/PRESET-DATA-sSEED]',
 )]
-Again = Annotated[bool, Option(
+_Again = Annotated[bool, Option(
     '--again', help='train and measure anew what the folder already holds',
 )]
-ClipName = Annotated[str, Option(help='tiny, or MODEL:PRETRAINED of open_clip')]
-DataFolder = Annotated[Optional[Path], Option(
+_ClipName = Annotated[str, Option(help='tiny, or MODEL:PRETRAINED of open_clip')]
+_DataFolder = Annotated[Optional[Path], Option(
     help='folder of tasks and features, as hyperclip data makes it, instead of a world',
 )]
 
 # %% ../../nbs/command/49_cli.ipynb #c1612493
 def reproduce(
-    preset: PresetName = 'default', # sizes, rates and numbers of steps
-    seed: FirstSeed = 0, # of what is trained
-    seeds: Seeds = 1, # how many, from `seed` on
-    descriptors: Shares = '1.0', # shares of tasks with a question, with commas
-    methods: MethodNames = '', # a group, or slugs with commas
-    world_seed: WorldSeed = 0, # of scenes and questions
-    gamma: Gammas = '0,0.5,1,1.5,2,3,5', # guidance scales, with commas
-    out: OutFolder = None, # folder for what is computed; None: a name in runs/
-    again: Again = False, # whether to forget what the folder holds
+    preset: _PresetName = 'default', # sizes, rates and numbers of steps
+    seed: _FirstSeed = 0, # of what is trained
+    seeds: _Seeds = 1, # how many, from `seed` on
+    descriptors: _Shares = '1.0', # shares of tasks with a question, with commas
+    methods: _MethodNames = '', # a group, or slugs with commas
+    world_seed: _WorldSeed = 0, # of scenes and questions
+    gamma: _Gammas = '0,0.5,1,1.5,2,3,5', # guidance scales, with commas
+    out: _OutFolder = None, # folder for what is computed; None: a name in runs/
+    again: _Again = False, # whether to forget what the folder holds
     device: Device = 'auto', # where to compute
-    clip: ClipName = 'tiny', # what makes the features of a world
-    data: DataFolder = None, # tasks and features; None: a world is made
+    clip: _ClipName = 'tiny', # what makes the features of a world
+    data: _DataFolder = None, # tasks and features; None: a world is made
 ):
     """
     Make a world, train every method on it, and print the table of accuracies. A run
@@ -116,7 +116,7 @@ def _methods(text, preset):
         text = 'quick' if preset == 'smoke' else 'all'
     return groups.get(text) or parse_names(text)
 
-# %% ../../nbs/command/49_cli.ipynb #d4caf086
+# %% ../../nbs/command/49_cli.ipynb #baf311e1
 def _print_results(done, out):
     "Print the tables of a finished grid, and where the rest is"
     from hyperclip_nb.lab.tables import table1, table4

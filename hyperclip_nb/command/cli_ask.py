@@ -32,44 +32,44 @@ def _save_png(picture, path):
     picture.save(data, 'PNG')
     atomic_write(path, data.getvalue())
 
-# %% ../../nbs/command/50_cli_ask.ipynb #28d9a470
-Question = Annotated[str, Argument(help='such as "What color is the large star?"')]
-ImageFile = Annotated[Optional[Path], Argument(help='an image file')]
-Answers = Annotated[Optional[str], Option(
+# %% ../../nbs/command/50_cli_ask.ipynb #2bd46efc
+_Question = Annotated[str, Argument(help='such as "What color is the large star?"')]
+_ImageFile = Annotated[Optional[Path], Argument(help='an image file')]
+_Answers = Annotated[Optional[str], Option(
     help='what may be answered, with commas [default: everything the question allows]',
 )]
-Gamma = Annotated[Optional[float], Option(
+_Gamma = Annotated[Optional[float], Option(
     help='guidance scale [default: the one that was chosen for the model]',
     show_default=False,
 )]
-Example = Annotated[bool, Option(
+_Example = Annotated[bool, Option(
     '--example',
     help='draw a fresh scene into hyperclip-example.png and ask about that',
 )]
-SaveFile = Annotated[Optional[Path], Option(
+_SaveFile = Annotated[Optional[Path], Option(
     help="write the network's weights to this file",
 )]
-WeightsFile = Annotated[Optional[Path], Option(
+_WeightsFile = Annotated[Optional[Path], Option(
     help='do not write a network, take the one in this file',
 )]
-ModelFile = Annotated[Optional[Path], Option(
+_ModelFile = Annotated[Optional[Path], Option(
     help='a trained HyperLDM, as reproduce leaves it', show_default='the shipped one',
 )]
-Seed = Annotated[int, Option(
+_Seed = Annotated[int, Option(
     min=0, help='seed of the sampled network, and of the example',
 )]
 
-# %% ../../nbs/command/50_cli_ask.ipynb #5c3f51a0
+# %% ../../nbs/command/50_cli_ask.ipynb #c8a3193e
 def ask_command(
-    question: Question, # in words
-    image: ImageFile = None, # to ask about
-    answers: Answers = None, # that are possible, with commas
-    gamma: Gamma = None, # guidance scale; None: the model's own
-    example: Example = False, # whether a fresh scene is the image
-    save: SaveFile = None, # where to keep the network
-    weights: WeightsFile = None, # a network to ask; None: one is written
-    model: ModelFile = None, # None: the shipped one
-    seed: Seed = 0, # of the network, and of the scene
+    question: _Question, # in words
+    image: _ImageFile = None, # to ask about
+    answers: _Answers = None, # that are possible, with commas
+    gamma: _Gamma = None, # guidance scale; None: the model's own
+    example: _Example = False, # whether a fresh scene is the image
+    save: _SaveFile = None, # where to keep the network
+    weights: _WeightsFile = None, # a network to ask; None: one is written
+    model: _ModelFile = None, # None: the shipped one
+    seed: _Seed = 0, # of the network, and of the scene
     as_json: Json = False, # whether a program reads the answers
 ):
     "Write a network from a question, and let it answer on an image."

@@ -13,10 +13,10 @@ from hyperclip_nb.command.console import (
     Device, parse_names, pick_device, print_table, progress_bars, tracker,
 )
 
-# %% ../../nbs/command/52_cli_audits.ipynb #f07e7b0c
-OutFolder = Annotated[Path, Option(help='folder that reproduce made')]
-Seeds = Annotated[int, Option(min=1, help='how many seeds, from 0')]
-AuditedMethods = Annotated[str, Option(
+# %% ../../nbs/command/52_cli_audits.ipynb #4a717e5d
+_OutFolder = Annotated[Path, Option(help='folder that reproduce made')]
+_Seeds = Annotated[int, Option(min=1, help='how many seeds, from 0')]
+_AuditedMethods = Annotated[str, Option(
     help='slugs with commas between them, of methods that read a question '
          '[default: five of them]',
     show_default=False,
@@ -62,9 +62,9 @@ def _audited(text):
 # %% ../../nbs/command/52_cli_audits.ipynb #528ccaf0
 @audit_app.command('text')
 def audit_text(
-    out: OutFolder, # of the experiment
-    seeds: Seeds = 1, # how many
-    methods: AuditedMethods = '', # slugs with commas
+    out: _OutFolder, # of the experiment
+    seeds: _Seeds = 1, # how many
+    methods: _AuditedMethods = '', # slugs with commas
     device: Device = 'auto', # where to compute
 ):
     "Accuracy with true, paraphrased, shuffled, random and empty descriptions."
@@ -83,11 +83,11 @@ def _interval(row):
     low, high = row.difference_low, row.difference_high
     return f'{row.difference:+.1f} [{low:+.1f}, {high:+.1f}]'
 
-# %% ../../nbs/command/52_cli_audits.ipynb #aedd8a76
+# %% ../../nbs/command/52_cli_audits.ipynb #6ecc42ed
 @audit_app.command('memory')
 def audit_memory(
-    out: OutFolder, # of the experiment
-    seeds: Seeds = 1, # how many
+    out: _OutFolder, # of the experiment
+    seeds: _Seeds = 1, # how many
     device: Device = 'auto', # where to compute
 ):
     "Distance of written networks to training networks, and overlap of their mistakes."
@@ -99,12 +99,12 @@ def audit_memory(
     title = 'Is it memorised? Means over test tasks'
     _report(found, table, audits.memory_figure(found), out/'audit-memory', title)
 
-# %% ../../nbs/command/52_cli_audits.ipynb #ab58e1ec
+# %% ../../nbs/command/52_cli_audits.ipynb #3be9b013
 @audit_app.command('calibration')
 def audit_calibration(
-    out: OutFolder, # of the experiment
-    seeds: Seeds = 1, # how many
-    methods: AuditedMethods = '', # slugs with commas
+    out: _OutFolder, # of the experiment
+    seeds: _Seeds = 1, # how many
+    methods: _AuditedMethods = '', # slugs with commas
     device: Device = 'auto', # where to compute
 ):
     "How often answers of each probability are right."
@@ -119,8 +119,8 @@ def audit_calibration(
 
 # %% ../../nbs/command/52_cli_audits.ipynb #e5794c95
 def laboratory(
-    out: OutFolder, # of the experiment
-    seeds: Seeds = 1, # how many
+    out: _OutFolder, # of the experiment
+    seeds: _Seeds = 1, # how many
     device: Device = 'auto', # where to compute
 ):
     """
@@ -134,10 +134,10 @@ def laboratory(
     title = 'The three best settings of each bench, by accuracy (%) on validation tasks'
     _report(found, table, sweeps.sweep_figure(found), out/'laboratory', title)
 
-# %% ../../nbs/command/52_cli_audits.ipynb #ef90434b
+# %% ../../nbs/command/52_cli_audits.ipynb #01171cc8
 def sampler_steps(
-    out: OutFolder, # of the experiment
-    seeds: Seeds = 1, # how many
+    out: _OutFolder, # of the experiment
+    seeds: _Seeds = 1, # how many
     device: Device = 'auto', # where to compute
 ):
     """
@@ -152,10 +152,10 @@ def sampler_steps(
     title += 'accuracy (%)'
     print_table(sweeps.steps_table(found), title, f'Every seed is in {out}/steps.csv')
 
-# %% ../../nbs/command/52_cli_audits.ipynb #82d9736d
+# %% ../../nbs/command/52_cli_audits.ipynb #a8fe4b52
 def ensemble(
-    out: OutFolder, # of the experiment
-    seeds: Seeds = 3, # how many
+    out: _OutFolder, # of the experiment
+    seeds: _Seeds = 3, # how many
     device: Device = 'auto', # where to compute
 ):
     "Networks of several trainings that answer a question together."

@@ -14,18 +14,18 @@ from hyperclip_nb.command.console import (
 )
 
 # %% ../../nbs/command/53_cli_costs.ipynb #60e2c6b2
-Preset = Annotated[str, Option(help='smoke, default or paper')]
-Width = Annotated[int, Option(
+_Preset = Annotated[str, Option(help='smoke, default or paper')]
+_Width = Annotated[int, Option(
     min=0,
     help='width of CLIP [default: 768 for paper, 96 otherwise]',
     show_default=False,
 )]
-Stages = Annotated[str, Option(
+_Stages = Annotated[str, Option(
     help='some of adaptation, evaluation, maml, hnet_maml, hvae, hyperclip, hyperldm, '
          'sampling, with commas [default: all]',
     show_default=False,
 )]
-Repeats = Annotated[int, Option(
+_Repeats = Annotated[int, Option(
     min=1, help='measurements of each, of which the median counts',
 )]
 
@@ -40,10 +40,10 @@ def _check_preset(preset):
         known = ', '.join(PRESETS)
         raise ValueError(f'unknown preset {preset!r}: use one of {known}')
 
-# %% ../../nbs/command/53_cli_costs.ipynb #7b64566d
+# %% ../../nbs/command/53_cli_costs.ipynb #b1064877
 def plan(
-    preset: Preset = 'default', # of the experiment
-    width: Width = 0, # of CLIP; 0: as it fits the preset
+    preset: _Preset = 'default', # of the experiment
+    width: _Width = 0, # of CLIP; 0: as it fits the preset
     device: Device = 'auto', # where it would be computed
     as_json: Json = False, # whether a program reads it
 ):
@@ -88,12 +88,12 @@ def _say_whether_it_fits(table, free, device):
         'full speed; small ones run at a fraction of it'
     )
 
-# %% ../../nbs/command/53_cli_costs.ipynb #ff164a10
+# %% ../../nbs/command/53_cli_costs.ipynb #00ad5c5e
 def bench(
-    preset: Preset = 'default', # whose sizes are measured
-    width: Width = 0, # of CLIP; 0: as it fits the preset
-    stages: Stages = '', # to measure, with commas; '': all
-    repeats: Repeats = 5, # measurements of each
+    preset: _Preset = 'default', # whose sizes are measured
+    width: _Width = 0, # of CLIP; 0: as it fits the preset
+    stages: _Stages = '', # to measure, with commas; '': all
+    repeats: _Repeats = 5, # measurements of each
     device: Device = 'auto', # where to compute
     as_json: Json = False, # whether a program reads it
 ):

@@ -24,24 +24,24 @@ data_app = Typer(
     no_args_is_help=True,
 )
 
-# %% ../../nbs/command/51_cli_data.ipynb #0d03097d
-ArchiveName = Annotated[str, Argument(
+# %% ../../nbs/command/51_cli_data.ipynb #8d30f384
+_ArchiveName = Annotated[str, Argument(
     help='vqa2 (20 GB), or vqa2-text (questions and answers, 43 MB)',
 )]
-ArchiveFolder = Annotated[Path, Option(
+_ArchiveFolder = Annotated[Path, Option(
     help='folder for the archives and what is in them',
 )]
-SampleFolder = Annotated[Path, Option(help='folder for the files')]
-VQAFolder = Annotated[Path, Option(
+_SampleFolder = Annotated[Path, Option(help='folder for the files')]
+_VQAFolder = Annotated[Path, Option(
     help="folder of VQA v2's questions and annotations, under their official names",
 )]
-NewTaskFolder = Annotated[Path, Option(help='folder for the tasks')]
+_NewTaskFolder = Annotated[Path, Option(help='folder for the tasks')]
 
-# %% ../../nbs/command/51_cli_data.ipynb #57b2e5eb
+# %% ../../nbs/command/51_cli_data.ipynb #94ca6d17
 @data_app.command()
 def download(
-    what: ArchiveName, # to fetch
-    to: ArchiveFolder, # of archives and their files
+    what: _ArchiveName, # to fetch
+    to: _ArchiveFolder, # of archives and their files
 ):
     """
     Fetch, check and unpack the official archives. A download that was stopped goes on
@@ -61,10 +61,10 @@ def _bytes_tracker(bars):
         bars.update(tasks[name], completed=done, total=total)
     return track
 
-# %% ../../nbs/command/51_cli_data.ipynb #6bb5dc4f
+# %% ../../nbs/command/51_cli_data.ipynb #e9e39c67
 @data_app.command()
 def sample(
-    to: SampleFolder, # of the files
+    to: _SampleFolder, # of the files
 ):
     "Write a small data set in VQA v2's format, to try the other commands on."
     from hyperclip_nb.data.vqa import write_sample
@@ -72,11 +72,11 @@ def sample(
     next_step = f'hyperclip data build --vqa {to} --to TASKS'
     say(f'A small data set is in {to}; next: {next_step}')
 
-# %% ../../nbs/command/51_cli_data.ipynb #997ed99a
+# %% ../../nbs/command/51_cli_data.ipynb #22a4aff2
 @data_app.command()
 def build(
-    vqa: VQAFolder, # of questions and annotations
-    to: NewTaskFolder, # of the tasks
+    vqa: _VQAFolder, # of questions and annotations
+    to: _NewTaskFolder, # of the tasks
 ):
     "Make tasks of questions and answers, by the rules of Meta-VQA."
     from hyperclip_nb.data.metavqa import build_tasks, save_metavqa
@@ -87,13 +87,13 @@ def build(
     tasks = f'{n_train} training and {n_test} test tasks'
     say(f'{tasks} about {len(made.images)} images are in {to}')
 
-# %% ../../nbs/command/51_cli_data.ipynb #72b68ebb
-TaskFolder = Annotated[Path, Argument(help='folder of tasks')]
+# %% ../../nbs/command/51_cli_data.ipynb #7a7f222b
+_TaskFolder = Annotated[Path, Argument(help='folder of tasks')]
 
-# %% ../../nbs/command/51_cli_data.ipynb #03c5c18b
+# %% ../../nbs/command/51_cli_data.ipynb #e823cc71
 @data_app.command()
 def stats(
-    folder: TaskFolder, # of tasks
+    folder: _TaskFolder, # of tasks
     as_json: Json = False, # whether a program reads them
 ):
     "Sizes, guessing baselines, and how much of the test was seen in training."
@@ -114,31 +114,31 @@ def _short_number(x):
         return ''
     return f'{x:,.0f}' if x == round(x) else f'{x:.2f}'
 
-# %% ../../nbs/command/51_cli_data.ipynb #7cee6b5e
-FeatureFolder = Annotated[Path, Argument(
+# %% ../../nbs/command/51_cli_data.ipynb #14b662f9
+_FeatureFolder = Annotated[Path, Argument(
     help='folder of tasks; features go into it',
 )]
-ImageFolder = Annotated[Path, Option(
+_ImageFolder = Annotated[Path, Option(
     help='folder of the image files, or one above it',
 )]
-ModelName = Annotated[str, Option(
+_ModelName = Annotated[str, Option(
     help="open_clip's name of a model, such as ViT-L-14-336",
 )]
-Pretrained = Annotated[Optional[str], Option(
+_Pretrained = Annotated[Optional[str], Option(
     help="open_clip's name of its weights, such as openai, or a file",
 )]
-BatchSize = Annotated[int, Option(min=1, help='images at a time')]
-Workers = Annotated[int, Option(min=0, help='processes that decode images')]
+_BatchSize = Annotated[int, Option(min=1, help='images at a time')]
+_Workers = Annotated[int, Option(min=0, help='processes that decode images')]
 
-# %% ../../nbs/command/51_cli_data.ipynb #04443fec
+# %% ../../nbs/command/51_cli_data.ipynb #4bc16793
 @data_app.command()
 def features(
-    folder: FeatureFolder, # of tasks
-    images: ImageFolder, # of image files
-    model: ModelName = 'tiny', # of CLIP
-    pretrained: Pretrained = None, # weights of the model
-    batch: BatchSize = 64, # images at a time
-    workers: Workers = 2, # processes that decode images
+    folder: _FeatureFolder, # of tasks
+    images: _ImageFolder, # of image files
+    model: _ModelName = 'tiny', # of CLIP
+    pretrained: _Pretrained = None, # weights of the model
+    batch: _BatchSize = 64, # images at a time
+    workers: _Workers = 2, # processes that decode images
     device: Device = 'auto', # where to compute
 ):
     """
