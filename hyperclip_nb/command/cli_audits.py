@@ -51,7 +51,7 @@ audit_app = Typer(
 
 def _audited(text):
     "The methods to be audited"
-    from hyperclip_nb.lab.audits import AUDITED
+    from hyperclip_nb.lab.text_audit import AUDITED
     chosen = parse_names(text) if text else AUDITED
     others = sorted(set(chosen) - set(AUDITED))
     if others:
@@ -68,15 +68,15 @@ def audit_text(
     device: Device = 'auto', # where to compute
 ):
     "Accuracy with true, paraphrased, shuffled, random and empty descriptions."
-    from hyperclip_nb.lab import audits
+    from hyperclip_nb.lab import text_audit as audit
     with progress_bars() as bars:
         run = _open_run(out, bars, device)
-        found = audits.text_audit(run, range(seeds), _audited(methods))
+        found = audit.text_audit(run, range(seeds), _audited(methods))
     table = found[['method', 'description', 'accuracy']]
     table = table.assign(difference=[_interval(row) for row in found.itertuples()])
     title = 'Does the text matter? Test accuracy (%), and its difference to the true '
     title += 'description'
-    _report(found, table, audits.text_figure(found), out/'audit-text', title)
+    _report(found, table, audit.text_figure(found), out/'audit-text', title)
 
 def _interval(row):
     "A difference and its interval as text"
@@ -91,13 +91,13 @@ def audit_memory(
     device: Device = 'auto', # where to compute
 ):
     "Distance of written networks to training networks, and overlap of their mistakes."
-    from hyperclip_nb.lab import audits
+    from hyperclip_nb.lab import memory_audit as audit
     with progress_bars() as bars:
-        found = audits.memory_audit(_open_run(out, bars, device), range(seeds))
+        found = audit.memory_audit(_open_run(out, bars, device), range(seeds))
     candidates = found.groupby('candidate', sort=False)
     table = candidates[['distance', 'overlap', 'accuracy']].mean().reset_index()
     title = 'Is it memorised? Means over test tasks'
-    _report(found, table, audits.memory_figure(found), out/'audit-memory', title)
+    _report(found, table, audit.memory_figure(found), out/'audit-memory', title)
 
 # %% ../../nbs/command/52_cli_audits.ipynb #3be9b013
 @audit_app.command('calibration')
@@ -108,12 +108,12 @@ def audit_calibration(
     device: Device = 'auto', # where to compute
 ):
     "How often answers of each probability are right."
-    from hyperclip_nb.lab import audits
+    from hyperclip_nb.lab import calibration_audit as audit
     with progress_bars() as bars:
         run = _open_run(out, bars, device)
-        found = audits.calibration_audit(run, range(seeds), _audited(methods))
-    table = audits.calibration_error(found)
-    figure = audits.calibration_figure(found)
+        found = audit.calibration_audit(run, range(seeds), _audited(methods))
+    table = audit.calibration_error(found)
+    figure = audit.calibration_figure(found)
     title = 'Can its probabilities be believed? Percent, on query images of test tasks'
     _report(found, table, figure, out/'audit-calibration', title)
 
@@ -144,13 +144,13 @@ def sampler_steps(
     How few steps the sampler needs: distance from the walk of 350 steps, and
     accuracy.
     """
-    from hyperclip_nb.lab import sweeps
+    from hyperclip_nb.lab.sampler_steps import few_steps, steps_table
     with progress_bars() as bars:
-        found = sweeps.few_steps(_open_run(out, bars, device), range(seeds))
+        found = few_steps(_open_run(out, bars, device), range(seeds))
     _save_csv(found, out/'steps.csv')
     title = 'HyperLDM at γ = 1.5: distance of latents from those of 350 steps, '
     title += 'accuracy (%)'
-    print_table(sweeps.steps_table(found), title, f'Every seed is in {out}/steps.csv')
+    print_table(steps_table(found), title, f'Every seed is in {out}/steps.csv')
 
 # %% ../../nbs/command/52_cli_audits.ipynb #a8fe4b52
 def ensemble(
@@ -159,9 +159,9 @@ def ensemble(
     device: Device = 'auto', # where to compute
 ):
     "Networks of several trainings that answer a question together."
-    from hyperclip_nb.lab import sweeps
+    from hyperclip_nb.lab import ensembles
     with progress_bars() as bars:
-        found = sweeps.ensemble(_open_run(out, bars, device), range(seeds))
+        found = ensembles.ensemble(_open_run(out, bars, device), range(seeds))
     _save_csv(found, out/'ensemble.csv')
     teams = found.groupby('team', sort=False)
     table = teams[['networks', 'accuracy']].mean().reset_index()

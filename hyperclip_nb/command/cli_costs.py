@@ -35,7 +35,7 @@ def _width(width, preset):
     return width or (768 if preset == 'paper' else 96)
 
 def _check_preset(preset):
-    from hyperclip_nb.lab.runs import PRESETS
+    from hyperclip_nb.lab.stages import PRESETS
     if preset not in PRESETS:
         known = ', '.join(PRESETS)
         raise ValueError(f'unknown preset {preset!r}: use one of {known}')

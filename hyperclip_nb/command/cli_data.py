@@ -146,7 +146,7 @@ def features(
     any moment, and goes on where it was.
     """
     from hyperclip_nb.data.metavqa import load_metavqa
-    from hyperclip_nb.data.tasks import all_texts
+    from hyperclip_nb.data.batches import all_texts
     from hyperclip_nb.vision.clip import load_clip
     from hyperclip_nb.vision.features import encode_files
     found = load_metavqa(folder)

@@ -125,7 +125,7 @@ class Writer:
 def _one_task(x, a):
     "Images (N,D) and answers (A,D) as a batch of one task, whose answers nobody knows"
     import torch
-    from hyperclip_nb.data.tasks import TaskBatch
+    from hyperclip_nb.data.batches import TaskBatch
     labels = torch.zeros(1, len(x), dtype=torch.long)
     is_image = torch.ones(1, len(x), dtype=torch.bool)
     is_answer = torch.ones(1, len(a), dtype=torch.bool)
@@ -150,13 +150,6 @@ def _check_clip(path, expected, fingerprint):
 # %% ../../nbs/writer/32_ask.ipynb #2ed3ef08
 class Reply(NamedTuple):
     "What a network says about an image"
-<<<<<<< HEAD
-    import torch
-    from hyperclip_nb.data.batches import TaskBatch
-    x, a = clip.encode_image([picture]), clip.encode_text([prompt.replace('{}', n) for n in names])
-    batch = TaskBatch(x[None], torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool), a[None], torch.ones(1, len(a), dtype=torch.bool), None)
-    return sorted(zip(adapter.logits(W, batch)[0, 0].softmax(0).tolist(), names), reverse=True)
-=======
     answers:list # of (answer, probability), the likeliest first
     unknown_words:list # of question and answers, that the tiny CLIP was never taught
     weights:object # of the network (P,)
@@ -177,4 +170,3 @@ def ask(
         weights = model.write(question, gamma, seed)
     ranked = model.answer(weights, image, prompt, names)
     return Reply(ranked, model.unknown_words([question, *names]), weights)
->>>>>>> house-i
