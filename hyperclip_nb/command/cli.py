@@ -147,7 +147,7 @@ def train_clip(
     "Train the tiny CLIP on captions of scenes."
     from hyperclip_nb.vision import tiny_clip
     with progress_bars() as bars:
-        def progress(batches):
+        def progress(batches): # what is shown
             return tracker(bars)(batches, 'tiny CLIP')
         model = tiny_clip.train_tiny(steps, scenes, seed=seed, progress=progress)
     clip = tiny_clip.wrap_tiny(model)

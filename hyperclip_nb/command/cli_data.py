@@ -55,7 +55,11 @@ def download(
 def _bytes_tracker(bars):
     "A function that shows how much of each file is there"
     tasks = {}
-    def track(name, done, total):
+    def track(
+        name, # of the file
+        done, # bytes or files
+        total, # of them
+    ):
         if name not in tasks:
             tasks[name] = bars.add_task(name, total=total)
         bars.update(tasks[name], completed=done, total=total)
@@ -154,7 +158,7 @@ def features(
     name = f'{model}:{pretrained}' if pretrained else model
     clip = load_clip(name, pick_device(device))
     with progress_bars() as bars:
-        def progress(shards):
+        def progress(shards): # what is shown
             return tracker(bars)(shards, 'shards of images')
         lost = encode_files(
             clip,

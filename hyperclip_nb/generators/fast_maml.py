@@ -13,13 +13,18 @@ from .hypernet import HyperNet
 class _Gather(torch.autograd.Function):
     "The matrix B itself; its gradient is one product of all recorded factors"
     @staticmethod
-    def forward(ctx, B, factors):
+    def forward(ctx, # kept for the way back
+        B, # the matrix (m,n)
+        factors, # list that the way back fills
+    ): # (m,n)
         ctx.factors = factors
         ctx.set_materialize_grads(False)
         return B.view_as(B)
 
     @staticmethod
-    def backward(ctx, _):
+    def backward(ctx, # what the way there kept
+        _, # None: nothing flows back into B directly
+    ): # gradient of B (m,n)
         left, right = zip(*ctx.factors)
         ctx.factors.clear()
         return torch.cat(left).mT@torch.cat(right), None
@@ -27,7 +32,12 @@ class _Gather(torch.autograd.Function):
 class _DeferredProduct(torch.autograd.Function):
     "x Bᵀ (or x B), which records the factors of B's gradient instead of multiplying"
     @staticmethod
-    def forward(ctx, x, B, factors, transpose):
+    def forward(ctx, # kept for the way back
+        x, # rows (T,m)
+        B, # the matrix
+        factors, # list of pairs, for the gradient of B
+        transpose, # x Bᵀ or x B?
+    ): # (T,n)
         ctx.save_for_backward(x, B)
         ctx.factors = factors
         ctx.transpose = transpose
@@ -35,7 +45,9 @@ class _DeferredProduct(torch.autograd.Function):
         return x@(B.mT if transpose else B)
 
     @staticmethod
-    def backward(ctx, G):
+    def backward(ctx, # what the way there kept
+        G, # gradient of the product (T,n)
+    ): # gradient of x
         x, B = ctx.saved_tensors
         if not torch.is_grad_enabled(): # the last walk back, that of the loss
             ctx.factors.append((G, x) if ctx.transpose else (x, G))

@@ -26,7 +26,7 @@ def first_n(
     n:int, # turns
 )->Callable: # a `progress` that ends after them
     "A hook that lets a training make a few steps"
-    def progress(steps):
+    def progress(steps): # to go through
         return islice(steps, n)
     return progress
 
@@ -40,7 +40,7 @@ def interleave(
     ours_seconds = []
     plain_seconds = []
 
-    def progress(steps):
+    def progress(steps): # to go through
         for step in islice(steps, n):
             start = clock(device)
             yield step

@@ -55,24 +55,30 @@ class _Task(NamedTuple):
     images:float # that it has
     answers:float # A
 
-    def hypernet(self, n_in, hidden=256):
+    def hypernet(self,
+        n_in, # entries of its input
+        hidden=256, # units of its hidden layer
+    ):
         "What writes the weights for it"
         return _HyperNet(n_in, self.n_weights, hidden)
 
-    def forward(self, n):
+    def forward(self, n): # images
         "The base network, for n images"
         return 2*(2*n*self.hidden*self.width + n*self.answers*self.width)
 
-    def adapt_step(self, n):
+    def adapt_step(self, n): # images
         "A step of adaptation to n images"
         r = min(self.width, self.hidden + 1 + n + self.answers)
         return 2*(n*n*self.hidden + 3*n*self.hidden*r + 2*n*self.answers*r)
 
-    def train(self, written=0):
+    def train(self, written=0): # weights that are written for each task, or 0
         "A training step: 64 images, weights that are `written`, and the gradient"
         return 3*(self.forward(min(self.images, 64.)) + written)
 
-    def maml(self, written=0, passes=9):
+    def maml(self,
+        written=0, # weights that are written for each task, or 0
+        passes=9, # products there and back
+    ):
         "Five steps on two thirds of the images, and the loss on the last third"
         N = min(self.images, 64.)
         step = self.forward(2*N/3) + written

@@ -58,7 +58,7 @@ def method(
     gamma:float=1.5, # guidance scale at which it is printed
 ):
     "Decorator: register a function as a method"
-    def register(start):
+    def register(start): # (models, tasks, **what varies) -> `Start`
         new = Method(title, start, reads_questions, whitened, gamma)
         _check_varied(slug, new.varied)
         METHODS[slug] = new

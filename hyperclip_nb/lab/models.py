@@ -76,7 +76,7 @@ def stage(
     bf16:bool=False, # products in bfloat16 on a GPU?
 ):
     "Decorator: register a function that trains a part, which `Models` has by its name"
-    def register(train):
+    def register(train): # (models, **settings) -> a module or a tensor
         name = train.__name__
         stream(name, seed)
         if settings is None:
@@ -93,7 +93,7 @@ def variant(
     of:str, # the stage that it varies
 ):
     "Decorator: register another way to train a stage"
-    def register(train):
+    def register(train): # (models, **settings) -> a module or a tensor
         base = STAGES[of]
         ending = train.__name__.removeprefix(f'{of}_')
         STAGES[train.__name__] = replace(base, name=f'{of}-{ending}', train=train)

@@ -134,8 +134,11 @@ def plain_sample(
     schedule:Schedule=None, # how much noise each step adds; None: the model's own
 )->Tensor: # latents (T,Z)
     "Latents for questions (Algorithm 14), one by one"
-    def guided(question):
-        def model(z, t):
+    def guided(question): # task embedding (1,D)
+        def model(
+            z, # noisy latent (1,Z)
+            t, # its step (1,)
+        ):
             uncond = ldm.net(z, t, torch.zeros_like(question))
             cond = ldm.net(z, t, question)
             return (1 - gamma)*uncond + gamma*cond

@@ -123,7 +123,10 @@ class _WorldTasks:
         model = dict(name=clip, fingerprint=self.clip.fingerprint)
         self.config = dict(world_seed=seed, clip=model)
 
-    def load(self, folder, progress): # -> tasks of each part, their features
+    def load(self,
+        folder, # that keeps features, or None
+        progress, # wraps batches
+    ): # -> tasks of each part, their features
         self.world = make_world(self.seed, **self.settings)
         file = folder and folder/'features.safetensors'
         return self.world.tasks, encode_world(self.clip, self.world, file, progress)
@@ -148,7 +151,10 @@ class _FileTasks:
         content = _tasks_digest(self.tasks)
         self.config = dict(data=str(folder.resolve()), tasks=content, clip=model)
 
-    def load(self, folder, progress): # -> tasks of each part, their features
+    def load(self,
+        folder, # that keeps features, or None
+        progress, # wraps batches
+    ): # -> tasks of each part, their features
         return self.tasks, self.features
 
     @functools.cached_property

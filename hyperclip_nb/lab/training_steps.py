@@ -38,11 +38,17 @@ def _plain_hvae_loss(setup, net):
     "The loss of Algorithm 8, with the base network for one task at a time"
     settings = setup.preset['hvae']
 
-    def task_loss(W, i):
+    def task_loss(
+        W, # weights (P,)
+        i, # task number
+    ):
         batch = sample_batch(setup.data, [i], 32, setup.generator)
         return task_losses(setup.adapter, W[None], batch).mean()
 
-    def loss(W, task_ids):
+    def loss(
+        W, # weights (B,P)
+        task_ids, # task numbers (B,)
+    ):
         mu, log_var = net.encode(W)
         out = net.decode(reparameterize(mu, log_var, setup.generator))
         task = 0.
@@ -61,7 +67,7 @@ def hvae_step(setup:Setup)->Workload: # what it works on
     sizes = setup.adapter.n_weights, settings['latent'], settings['hidden']
     W = setup.normal(len(setup.data), 2, setup.adapter.n_weights) # (T,K,P)
 
-    def ours(progress):
+    def ours(progress): # wraps steps
         about = dict(settings, generator=setup.generator, progress=progress)
         train_hvae(setup.adapter, W, setup.data, **about)
 
@@ -80,7 +86,10 @@ def _plain_hyperclip_loss(setup, net):
     "The loss of Algorithm 1 on weights with noise"
     noise = setup.preset['hyperclip'].get('noise', 1.)
 
-    def loss(W, e):
+    def loss(
+        W, # weights (B,P)
+        e, # task embeddings (B,D)
+    ):
         eps = torch.randn(W.shape, generator=setup.generator).to(W.device)
         return contrastive_loss(net(W + noise*eps), F.normalize(e, dim=-1))
 
@@ -93,7 +102,7 @@ def hyperclip_step(setup:Setup)->Workload: # what it works on
     W = setup.normal(len(setup.data), 2, setup.adapter.n_weights) # (T,K,P)
     e = setup.data.e
 
-    def ours(progress):
+    def ours(progress): # wraps steps
         about = dict(settings, generator=setup.generator, progress=progress)
         train_hyperclip(W, e, **about)
 
@@ -127,7 +136,10 @@ def _plain_ldm_loss(setup, net):
     schedule = linear_schedule().to(setup.device)
     kind = setup.preset['hyperldm']['kind']
 
-    def loss(z, e):
+    def loss(
+        z, # latents (B,Z)
+        e, # task embeddings (B,D)
+    ):
         has_question = torch.rand(len(e), 1, generator=setup.generator) > .15
         cond = e*has_question.to(e)
         return diffusion_loss(net, z, schedule, kind, setup.generator, cond)
@@ -144,7 +156,7 @@ def hyperldm_step(setup:Setup)->Workload: # what it works on
     log_var = torch.full_like(mu, -8.)
     e = setup.data.e
 
-    def ours(progress):
+    def ours(progress): # wraps steps
         about = dict(settings, generator=setup.generator, progress=progress)
         train_hyperldm(mu, log_var, e, **about)
 

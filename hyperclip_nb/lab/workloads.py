@@ -40,7 +40,7 @@ def repeated(
     f:Callable, # called once in a turn
 )->Callable: # a function of `progress`
     "A call, as something that is done again and again"
-    def run(progress):
+    def run(progress): # wraps steps
         for _ in progress(count()):
             f()
     return run
@@ -172,7 +172,7 @@ def hnet_maml_gradient(setup:Setup)->Workload: # what it works on
     net = HNet(adapter.n_weights, generator=setup.generator).to(setup.device)
     task_ids = (2, 5) if adapter.n_weights > 100_000 else range(len(few))
 
-    def start(e):
+    def start(e): # task embeddings (T,D)
         return net.z0.expand(len(e), -1)
 
     def ours():

@@ -90,7 +90,10 @@ def _fix_question(layer, e):
     A_h, A_e, A_t = layer.weight.split([n_h, e.shape[1], _TIME_WIDTH], 1) # (n_out,...)
     from_question = F.linear(e, A_e, layer.bias) # (B,n_out)
 
-    def product(h, time): # (B,n_h), time embedding (B,150) or (1,150) -> (B,n_out)
+    def product(
+        h, # activations (B,n)
+        time, # time embeddings (B,E)
+    ): # (B,n_h), time embedding (B,150) or (1,150) -> (B,n_out)
         return torch.addmm(from_question + F.linear(time, A_t), h, A_h.mT)
 
     return product
@@ -131,7 +134,10 @@ class NoiseNet(nn.Module):
         layers = [_fix_question(block.main[0], e) for block in self.blocks]
         out = _fix_question(self.out, e)
 
-        def model(z, t): # noisy latents (B,Z) and their steps (B,) -> (B,Z)
+        def model(
+            z, # noisy latents (B,Z)
+            t, # their steps (B,)
+        ): # noisy latents (B,Z) and their steps (B,) -> (B,Z)
             time = time_embedding(t[:1] if t.stride(0) == 0 else t).to(e)
             for block, layer in zip(self.blocks, layers):
                 z = block.after_first(z, layer(z, time))
