@@ -8,7 +8,7 @@ from hyperclip_nb.language.cfg import (
     autoguided, classifier_free, classifier_guided, guidance_interval,
 )
 from hyperclip_nb.language.ddpm import linear_schedule, sample_ddim, split_prediction
-from hyperclip_nb.language.hyperldm import NoiseNet
+from hyperclip_nb.language.noise_net import NoiseNet
 
 D = 3
 schedule = linear_schedule(dtype=torch.float64)

@@ -7,12 +7,12 @@ from hyperclip_nb.lab import experiments
 from hyperclip_nb.base.adapter import Adapter
 from hyperclip_nb.lab.runs import PRESETS, Run, override
 from hyperclip_nb.lab.tables import table1
-from hyperclip_nb.vision.features import (
+from hyperclip_nb.vision.photographs import (
     drop_images, encode_files, image_ids, open_features,
 )
 from hyperclip_nb.generators.hvae import HVAE
 from hyperclip_nb.language.ddpm import linear_schedule
-from hyperclip_nb.language.hyperldm import NoiseNet
+from hyperclip_nb.language.noise_net import NoiseNet
 from hyperclip_nb.generators.maml import HNet
 from hyperclip_nb.data.vqa import FILES, read_vqa, write_sample
 from hyperclip_nb.data.metavqa import (
@@ -152,7 +152,7 @@ def test_unseen_images_are_those_that_training_never_showed(tmp_path, vqa):
 def test_killed_features_go_on(tmp_path, vqa):
     data = build_tasks(read_vqa(vqa)); save_metavqa(data, tmp_path)
     texts = all_texts([t for ts in data.tasks.values() for t in ts])
-    program = ("import sys, torch; torch.set_num_threads(1)\nfrom hyperclip_nb.vision.clip import load_clip; from hyperclip_nb.vision.features import encode_files; from hyperclip_nb.data.metavqa import load_metavqa; from hyperclip_nb.data.tasks import all_texts\n"
+    program = ("import sys, torch; torch.set_num_threads(1)\nfrom hyperclip_nb.vision.clip import load_clip; from hyperclip_nb.vision.photographs import encode_files; from hyperclip_nb.data.metavqa import load_metavqa; from hyperclip_nb.data.tasks import all_texts\n"
                "d = load_metavqa(sys.argv[1]); encode_files(load_clip(), sys.argv[2], d.images, all_texts([t for ts in d.tasks.values() for t in ts]), sys.argv[3], shard=100)")
     start = lambda out: subprocess.Popen([sys.executable, '-c', program, str(tmp_path), str(vqa), str(out)])
     assert start(tmp_path/'whole').wait(300) == 0

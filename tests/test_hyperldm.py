@@ -13,7 +13,8 @@ from hyperclip_nb.generators.hvae import HVAE, kl_divergence, reparameterize
 from hyperclip_nb.language import hyperldm as module
 from hyperclip_nb.language.baselines import train_regression
 from hyperclip_nb.language.ddpm import sample_ddim
-from hyperclip_nb.language.hyperldm import HyperLDM, NoiseNet, train_hyperldm
+from hyperclip_nb.language.hyperldm import HyperLDM, train_hyperldm
+from hyperclip_nb.language.noise_net import NoiseNet
 
 D, Z = 6, 4
 P = Adapter(D, hidden=3).n_weights

@@ -34,7 +34,7 @@ from hyperclip_nb.lab.stats import best_gamma, summary
 from hyperclip_nb.lab.tables import table1
 from hyperclip_nb.lab.text_audit import descriptions, text_audit
 from hyperclip_nb.language.ddpm import linear_schedule
-from hyperclip_nb.language.hyperldm import time_embedding
+from hyperclip_nb.language.noise_net import time_embedding
 
 SHARE = .5 # of descriptors, in the trainings of this file
 VARIANTS = [name for name in STAGES if name.startswith('tuned_')]

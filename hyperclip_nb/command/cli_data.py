@@ -152,7 +152,7 @@ def features(
     from hyperclip_nb.data.metavqa import load_metavqa
     from hyperclip_nb.data.batches import all_texts
     from hyperclip_nb.vision.clip import load_clip
-    from hyperclip_nb.vision.features import encode_files
+    from hyperclip_nb.vision.photographs import encode_files
     found = load_metavqa(folder)
     tasks = list(itertools.chain(*found.tasks.values()))
     name = f'{model}:{pretrained}' if pretrained else model
@@ -177,7 +177,7 @@ def features(
 
 def _report_lost(tasks, names, lost):
     "Name images that cannot be read, and warn of tasks that go without them"
-    from hyperclip_nb.vision.features import drop_images, image_ids
+    from hyperclip_nb.vision.photographs import drop_images, image_ids
     for name in lost:
         print('unreadable:', name, file=sys.stderr)
     if lost:

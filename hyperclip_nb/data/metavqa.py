@@ -36,7 +36,7 @@ def split_questions(
     cut = round(share*len(questions))
     return questions[:cut], questions[cut:]
 
-# %% ../../nbs/data/09_metavqa.ipynb #827ab4ff
+# %% ../../nbs/data/09_metavqa.ipynb #5d23a240
 def _without_blanks(asked):
     "Rows that have both a question and an answer"
     asked = asked.assign(
@@ -58,11 +58,11 @@ def _eligible(asked):
 def _check_enough(tasks, questions): # dict of tasks, number of questions
     "ValueError where there are too few tasks"
     if len(tasks) < 4:
-        rule = 'more than 20 images and more than one answer'
-        found = f'{len(tasks)} of {questions} questions have {rule}'
+        found = f'{len(tasks)} of {questions} questions have '
+        found += 'more than 20 images and more than one answer'
         raise ValueError(f'{found}: too few for training, validation and test tasks')
 
-# %% ../../nbs/data/09_metavqa.ipynb #d3c935f4
+# %% ../../nbs/data/09_metavqa.ipynb #1e06da97
 def build_tasks(
     asked:pd.DataFrame, # rows of question, image, answer and kind, as `read_vqa` gives
     seed:int=2021, # of the split into support and query, and of the split of questions
@@ -82,9 +82,8 @@ def build_tasks(
         if task:
             tasks[question] = task
     _check_enough(tasks, asked.question.nunique())
-    parts = {}
-    for part, questions in zip(('train', 'test'), split_questions(tasks, seed)):
-        parts[part] = [tasks[question] for question in questions]
+    train, test = split_questions(tasks, seed)
+    parts = dict(train=[tasks[q] for q in train], test=[tasks[q] for q in test])
     parts, used = compact_images(parts)
     return VQA(parts, [images[i] for i in used])
 
@@ -107,13 +106,12 @@ def save_metavqa(
     prompts = {}
     for part, file in _FILES.items():
         tasks = {task.question: _as_json(data, task) for task in data.tasks[part]}
+        prompts |= {task.question: task.prompt for task in data.tasks[part]}
         atomic_write(Path(folder)/file, json.dumps(tasks, ensure_ascii=False))
-    for tasks in data.tasks.values():
-        prompts |= {task.question: task.prompt for task in tasks}
     content = json.dumps(prompts, ensure_ascii=False)
     atomic_write(Path(folder)/'prompt_meta.json', content)
 
-# %% ../../nbs/data/09_metavqa.ipynb #9d73cd11
+# %% ../../nbs/data/09_metavqa.ipynb #e9208326
 def _check_pairs(where, key, task):
     "ValueError where 'train' or 'test' of a task is no list of image and answer"
     for pair in task[key]:
@@ -143,9 +141,8 @@ def _check_task(where, task, prompt): # prompt: a text, or None
         _check_pairs(where, key, task)
     if {image for image, _ in task['train']} & {image for image, _ in task['test']}:
         raise ValueError(f'{where}: an image is both in "train" and in "test"')
-    if prompt is None:
-        return
-    if not isinstance(prompt, str) or prompt.count('{}') != 1:
+    has_gap = isinstance(prompt, str) and prompt.count('{}') == 1
+    if prompt is not None and not has_gap:
         rule = 'its prompt in prompt_meta.json must have one gap {}'
         raise ValueError(f'{where}: {rule}, but is "{prompt}"')
 

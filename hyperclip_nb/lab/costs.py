@@ -13,7 +13,7 @@ import torch
 from ..base.adapter import Adapter
 from ..generators.hvae import HVAE
 from ..language.hyperclip import HyperCLIP
-from ..language.hyperldm import NoiseNet
+from ..language.noise_net import NoiseNet
 from .stages import PRESETS, STREAMS
 from .timing import count_parameters, free_memory, seconds
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from ..language.hyperldm import NoiseNet
+from ..language.noise_net import NoiseNet
 
 # %% ../../nbs/lab/44_timing.ipynb #fe17faf5
 def clock(

@@ -13,7 +13,8 @@ from ..base.adapt import task_losses
 from ..generators.hvae import HVAE, kl_divergence, reparameterize, train_hvae
 from ..language.hyperclip import HyperCLIP, contrastive_loss, train_hyperclip
 from ..language.ddpm import diffusion_loss, linear_schedule
-from ..language.hyperldm import NoiseNet, train_hyperldm
+from ..language.hyperldm import train_hyperldm
+from ..language.noise_net import NoiseNet
 from .timing import count_parameters
 from .plain import plain_training
 from .workloads import Setup, Workload
