@@ -1,176 +1,400 @@
-"Data sets of files: tasks by the rules, features of any CLIP, one accuracy for all images and one for unseen ones."
-import json, random, signal, subprocess, sys, time, warnings
-import numpy as np, open_clip, pandas as pd, pytest, torch
+"""Data sets of files: tasks by the rules, features of any CLIP, and accuracies for all
+images and for unseen ones."""
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import numpy as np
+import open_clip
+import pandas as pd
+import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from hyperclip_nb.lab import experiments
+
 from hyperclip_nb.base.adapter import Adapter
-from hyperclip_nb.lab.runs import PRESETS, Run, override
-from hyperclip_nb.lab.tables import table1
-from hyperclip_nb.vision.photographs import (
-    drop_images, encode_files, image_ids, open_features,
-)
-from hyperclip_nb.generators.hvae import HVAE
-from hyperclip_nb.language.ddpm import linear_schedule
-from hyperclip_nb.language.noise_net import NoiseNet
-from hyperclip_nb.generators.maml import HNet
-from hyperclip_nb.data.vqa import FILES, read_vqa, write_sample
+from hyperclip_nb.command import cli
 from hyperclip_nb.data.metavqa import (
     VQA, build_tasks, load_metavqa, save_metavqa, split_questions, stats,
     unseen_queries,
 )
 from hyperclip_nb.data.statements import statement
-from hyperclip_nb.data.batches import all_texts
-from test_cli import hyperclip
-
-few = settings(max_examples=30, deadline=None)
+from hyperclip_nb.data.tasks import Task, all_texts
+from hyperclip_nb.data.vqa import FILES, read_vqa, write_sample
+from hyperclip_nb.generators.hvae import HVAE
+from hyperclip_nb.generators.maml import HNet
+from hyperclip_nb.lab.experiments import read_results
+from hyperclip_nb.lab.runs import Run
+from hyperclip_nb.lab.stages import PRESETS, add_preset, override, preset
+from hyperclip_nb.lab.tables import table1
+from hyperclip_nb.language.ddpm import linear_schedule
+from hyperclip_nb.language.hyperldm import NoiseNet
+from hyperclip_nb.vision.clip import load_clip
+from hyperclip_nb.vision.features import (
+    drop_images, encode_files, image_ids, open_features,
+)
 
 
 @pytest.fixture(scope='module')
 def vqa(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('vqa'); write_sample(folder, tasks=60, seed=3)
+    "A folder with a small data set in the layout of VQA v2"
+    folder = tmp_path_factory.mktemp('vqa')
+    write_sample(folder, tasks=60, seed=3)
     return folder
 
 
 @pytest.fixture(scope='module')
 def small_clip(tmp_path_factory):
-    "A small model of open_clip with random weights: its name, and the file of its weights"
+    "A small open_clip model with random weights: its name, and the file of its weights"
     folder = tmp_path_factory.mktemp('clip')
-    (folder/'test-small.json').write_text(json.dumps(dict(embed_dim=32, vision_cfg=dict(image_size=32, layers=1, width=32, head_width=16, patch_size=16),
-                                                          text_cfg=dict(context_length=16, vocab_size=49408, width=32, heads=2, layers=1))))
+    vision = dict(image_size=32, layers=1, width=32, head_width=16, patch_size=16)
+    text = dict(context_length=16, vocab_size=49408, width=32, heads=2, layers=1)
+    config = dict(embed_dim=32, vision_cfg=vision, text_cfg=text)
+    (folder/'test-small.json').write_text(json.dumps(config))
     open_clip.add_model_config(folder)
     torch.manual_seed(0)
-    save_file({k: v.contiguous() for k, v in open_clip.create_model('test-small').state_dict().items()}, folder/'weights.safetensors')
+    weights = open_clip.create_model('test-small').state_dict()
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(weights, folder/'weights.safetensors')
     return 'test-small', folder/'weights.safetensors'
 
+
+@pytest.fixture
+def hyperclip(monkeypatch, capsys):
+    "Run `hyperclip` in this process: exit code, standard output, standard error"
+    def run(*args):
+        monkeypatch.setattr(sys, 'argv', ['hyperclip', *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+    return run
+
+
+def all_tasks(data):
+    "Training and test tasks in one list"
+    return [task for tasks in data.tasks.values() for task in tasks]
+
+
+def texts_of(data):
+    "All texts that features are needed of"
+    return all_texts(all_tasks(data))
+
+
+def copy_questions(vqa, folder):
+    "Copy the files of questions and annotations, not the images"
+    for names in FILES.values():
+        for name in names:
+            (folder/name).write_text((vqa/name).read_text())
+
+
+# --- statements and rules ---
 
 @given(st.text())
 @settings(max_examples=300, deadline=None)
 def test_every_question_becomes_a_statement_with_one_gap(text):
     prompt = statement(text)
-    assert prompt.count('{}') == 1 and prompt.format('red').count('{') == 0 and '  ' not in prompt
+    assert prompt.count('{}') == 1
+    assert prompt.format('red').count('{') == 0
+    assert '  ' not in prompt
 
 
-@few
+def random_questions(seed, n):
+    "A table as `read_vqa` gives it: few images, some answers rare, some kinds unwanted"
+    rng = np.random.default_rng(seed)
+    rows = []
+    for q in range(n):
+        for _ in range(rng.integers(10, 120)):
+            image = f'image{rng.integers(60)}'
+            answer = 'abcdefgh'[min(rng.geometric(.4) - 1, 7)]
+            kind = rng.choice(['other', 'number', 'yes/no'], p=[.8, .15, .05])
+            rows.append((f'What is nr {q}?', image, answer, kind))
+    return pd.DataFrame(rows, columns=['question', 'image', 'answer', 'kind'])
+
+
+def check_task(task, images, answer):
+    "The rules of one task; `answer` is what was said first of each image"
+    assert len(task.pairs) > 20
+    assert len(task.answers) > 1
+    assert list(task.answers) == sorted(task.answers)
+    pairs = {images[i]: task.answers[a] for i, a in task.pairs.tolist()}
+    assert pairs == answer[answer.isin(task.answers)].to_dict()
+    count = answer.value_counts()
+    assert set(task.answers) == set(count[count > 1].index)
+    for k, name in enumerate(task.answers):
+        assert (task.support[:, 1] == k).sum() == round(.7*count[name])
+
+
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(3, 9))
 def test_tasks_keep_the_rules(seed, questions):
-    rng = np.random.default_rng(seed)
-    asked = pd.DataFrame([(f'What is nr {q}?', f'image{rng.integers(60)}', 'abcdefgh'[min(rng.geometric(.4) - 1, 7)], rng.choice(['other', 'number', 'yes/no'], p=[.8, .15, .05]))
-                          for q in range(questions) for _ in range(rng.integers(10, 120))], columns=['question', 'image', 'answer', 'kind'])
-    try: made = build_tasks(asked)
-    except ValueError: return
-    first = asked[asked.kind != 'yes/no'].drop_duplicates(['question', 'image'])
-    for t in [t for ts in made.tasks.values() for t in ts]:
-        rows = first[first.question == t.question].set_index('image').answer
-        assert len(t.pairs) > 20 and len(t.answers) > 1 and list(t.answers) == sorted(t.answers)
-        assert {made.images[i]: t.answers[a] for i, a in t.pairs.tolist()} == rows[rows.isin(t.answers)].to_dict()
-        count = rows.value_counts()
-        assert set(t.answers) == set(count[count > 1].index)
-        for k, a in enumerate(t.answers): assert (t.support[:, 1] == k).sum() == round(.7*count[a])
-    kept = [t.question for ts in made.tasks.values() for t in ts]
+    asked = random_questions(seed, questions)
+    try:
+        data = build_tasks(asked)
+    except ValueError:  # too few tasks
+        return
+    wanted = asked[asked.kind != 'yes/no']
+    first = wanted.drop_duplicates(['question', 'image'])
+    for task in all_tasks(data):
+        of_task = first[first.question == task.question]
+        check_task(task, data.images, of_task.set_index('image').answer)
+    kept = [task.question for task in all_tasks(data)]
     order = [q for q in first.question.drop_duplicates() if q in kept]
+    n_train = len(split_questions(order)[0])
     random.Random(2021).shuffle(order)
-    assert kept == order and len(made.tasks['train']) == round(.7*len(order)) == len(split_questions(order)[0])
+    assert kept == order
+    assert len(data.tasks['train']) == round(.7*len(order)) == n_train
 
 
 def test_text_of_any_language_survives(tmp_path, vqa):
     data = build_tasks(read_vqa(vqa))
-    t = data.tasks['test'][0]
-    strange = t.__class__('¿De qué color es el ☆?', 'el ☆ es {}', ('grün', '红', 'q"uote')[:len(t.answers)] if len(t.answers) <= 3 else tuple(f'é{i}' for i in range(len(t.answers))), t.support, t.query, 'x')
-    save_metavqa(VQA(dict(train=data.tasks['train'], test=[strange]), data.images), tmp_path)
+    task = data.tasks['test'][0]
+    n = len(task.answers)
+    answers = 'grün', '红', 'q"uote'
+    answers = answers[:n] if n <= 3 else tuple(f'é{i}' for i in range(n))
+    question, prompt = '¿De qué color es el ☆?', 'el ☆ es {}'
+    strange = Task(question, prompt, answers, task.support, task.query, 'x')
+    tasks = dict(train=data.tasks['train'], test=[strange])
+    save_metavqa(VQA(tasks, data.images), tmp_path)
     back = load_metavqa(tmp_path).tasks['test'][0]
-    assert (back.question, back.prompt, back.answers) == (strange.question, strange.prompt, strange.answers)
+    assert (back.question, back.prompt, back.answers) == (question, prompt, answers)
     assert '☆' in (tmp_path/'meta_test.json').read_text()
 
 
-BROKEN = [(0, lambda q: q | dict(questions=q['questions'] + q['questions'][:1]), 'question_id .* occurs twice'), (1, lambda a: {'annotation': a['annotations']}, 'no list "annotations"'),
-          (1, lambda a: dict(annotations=[{k: v for k, v in x.items() if k != 'multiple_choice_answer'} for x in a['annotations']]), '"multiple_choice_answer" of entry 0 is missing'),
-          (1, lambda a: dict(annotations=[x | dict(image_id=x['image_id'] + 1) for x in a['annotations']]), '"image_id" of question_id'), (0, lambda q: [q], 'object in braces'),
-          (1, lambda a: dict(annotations=[x | dict(multiple_choice_answer=7) for x in a['annotations']]), 'not a text'), (0, lambda q: dict(questions=[x | dict(question_id='a') for x in q['questions']]), 'not a whole number')]
+# --- files that are broken ---
+
+def first_question_twice(content):
+    questions = content['questions']
+    return content | dict(questions=questions + questions[:1])
+
+
+def misspelt_key(content):
+    return {'annotation': content['annotations']}
+
+
+def without_answers(content):
+    rows = []
+    for row in content['annotations']:
+        others = row.keys() - {'multiple_choice_answer'}
+        rows.append({key: row[key] for key in others})
+    return dict(annotations=rows)
+
+
+def other_images(content):
+    rows = content['annotations']
+    return dict(annotations=[row | dict(image_id=row['image_id'] + 1) for row in rows])
+
+
+def in_a_list(content):
+    return [content]
+
+
+def answers_as_numbers(content):
+    rows = content['annotations']
+    return dict(annotations=[row | dict(multiple_choice_answer=7) for row in rows])
+
+
+def numbers_as_letters(content):
+    rows = content['questions']
+    return dict(questions=[row | dict(question_id='a') for row in rows])
+
+
+BROKEN = [  # 0: questions, 1: annotations; what is done to them; what is said
+    (0, first_question_twice, 'question_id .* occurs twice'),
+    (1, misspelt_key, 'no list "annotations"'),
+    (1, without_answers, '"multiple_choice_answer" of entry 0 is missing'),
+    (1, other_images, '"image_id" of question_id'),
+    (0, in_a_list, 'object in braces'),
+    (1, answers_as_numbers, 'not a text'),
+    (0, numbers_as_letters, 'not a whole number'),
+]
+
 
 @pytest.mark.parametrize('which, change, says', BROKEN, ids=[b[2] for b in BROKEN])
 def test_broken_files_are_named(tmp_path, vqa, which, change, says):
-    for files in FILES.values():
-        for name in files: (tmp_path/name).write_text((vqa/name).read_text())
+    copy_questions(vqa, tmp_path)
     file = tmp_path/FILES['val2014'][which]
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
-    with pytest.raises(ValueError, match=f'(?s){file.name}.*{says}'): read_vqa(tmp_path)
+    with pytest.raises(ValueError, match=f'(?s){file.name}.*{says}'):
+        read_vqa(tmp_path)
 
 
 def test_rows_that_cannot_be_used_are_counted(tmp_path, vqa):
-    for files in FILES.values():
-        for name in files: (tmp_path/name).write_text((vqa/name).read_text())
-    q, a = (json.loads((tmp_path/name).read_text()) for name in FILES['train2014'])
-    (tmp_path/FILES['train2014'][1]).write_text(json.dumps(dict(annotations=a['annotations'][5:])))
-    with pytest.warns(UserWarning, match='5 questions without an annotation in train2014'): asked = read_vqa(tmp_path)
+    copy_questions(vqa, tmp_path)
+    file = tmp_path/FILES['train2014'][1]
+    annotations = json.loads(file.read_text())['annotations']
+    file.write_text(json.dumps(dict(annotations=annotations[5:])))
+    missing = '5 questions without an annotation in train2014'
+    with pytest.warns(UserWarning, match=missing):
+        asked = read_vqa(tmp_path)
     assert len(asked) == len(read_vqa(vqa)) - 5
     asked.loc[:3, 'answer'] = ' \t'
-    with pytest.warns(UserWarning, match='4 rows with an empty answer'): build_tasks(asked)
+    with pytest.warns(UserWarning, match='4 rows with an empty answer'):
+        build_tasks(asked)
 
 
-def test_any_clip_from_files_to_a_table(tmp_path, vqa, small_clip, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path); monkeypatch.setitem(PRESETS, 'tiny', override('smoke', multitask=dict(epochs=1), weights=dict(steps=3), hvae=dict(steps=30), hyperldm=dict(steps=30), few_shot=dict(steps=2)))
-    run = lambda *args: hyperclip(monkeypatch, capsys, *args)
-    assert run('data', 'build', '--vqa', vqa, '--to', 'tasks')[0] == 0
-    data = load_metavqa('tasks')
-    images = tmp_path/'photos'; images.mkdir()
-    for p in vqa.rglob('*.jpg'): (images/p.name).write_bytes(p.read_bytes())           # all in one folder this time
-    lost = [data.images[int(i)] for i in data.tasks['test'][0].pairs[:, 0]]
-    (images/f'{lost[0]}.jpg').write_bytes(b'no picture')
-    for name in lost[1:]: (images/f'{name}.jpg').unlink()
-    name, file = small_clip
-    code, out, err = run('data', 'features', 'tasks', '--images', 'photos', '--model', name, '--pretrained', file, '--workers', 0, '--device', 'cpu')
-    assert code == 0 and all(f'unreadable: {n}' in err for n in lost) and f'"{data.tasks["test"][0].question}" is left out' in err and f'{len(lost)} cannot be read' in out
-    code, out, err = run('reproduce', '--data', 'tasks', '--preset', 'tiny', '--methods', 'clip,multitask,hvae-hyperldm', '--gamma', '1.5', '--out', 'run', '--device', 'cpu')
-    assert code == 0, err
-    r = experiments.read_results('run')
+# --- from files to a table ---
+
+def copy_photos(vqa, folder, lost):
+    "All images in one folder this time; of the lost ones the first is damaged"
+    folder.mkdir()
+    for path in vqa.rglob('*.jpg'):
+        (folder/path.name).write_bytes(path.read_bytes())
+    damaged, *missing = lost
+    (folder/f'{damaged}.jpg').write_bytes(b'no picture')
+    for name in missing:
+        (folder/f'{name}.jpg').unlink()
+
+
+def without_images(tasks, lost):
+    "What `drop_images` leaves, without its warnings"
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore'); kept = drop_images(data.tasks['test'], image_ids(data.images, lost))
-    assert len(r['test'][0]) == len(kept) < len(data.tasks['test'])
-    assert '100%, unseen images' in table1(r) and r['config']['clip']['name'] == f'{name}:{file}' and '--data' in r['command']
-    for change, says in ((('--model', 'tiny'), 'by another CLIP'),):
-        code, _, err = run('data', 'features', 'tasks', '--images', 'photos', *change, '--device', 'cpu')
-        assert code == 2 and says in err and 'images-00000.safetensors' in err
+        warnings.simplefilter('ignore')
+        return drop_images(tasks, lost)
+
+
+def test_any_clip_from_files_to_a_table(
+    tmp_path, vqa, small_clip, monkeypatch, hyperclip
+):
+    monkeypatch.chdir(tmp_path)
+    add_preset(
+        'tiny', 'smoke', multitask=dict(epochs=1), weights=dict(steps=3),
+        hvae=dict(steps=30), hyperldm=dict(steps=30), few_shot=dict(steps=2),
+    )
+    name, weights = small_clip
+    cpu = '--device', 'cpu'
+
+    code, _, _ = hyperclip('data', 'build', '--vqa', vqa, '--to', 'tasks')
+    assert code == 0
+    data = load_metavqa('tasks')
+    test = data.tasks['test']
+    lost = [data.images[int(i)] for i in test[0].pairs[:, 0]]
+    copy_photos(vqa, tmp_path/'photos', lost)
+
+    features = 'data', 'features', 'tasks', '--images', 'photos'
+    model = '--model', name, '--pretrained', weights
+    code, out, err = hyperclip(*features, *model, '--workers', 0, *cpu)
+    assert code == 0
+    for image in lost:
+        assert f'unreadable: {image}' in err
+    assert f'"{test[0].question}" is left out' in err
+    assert f'{len(lost)} cannot be read' in out
+
+    grid = '--methods', 'clip,multitask,hvae-hyperldm', '--gamma', '1.5'
+    where = '--data', 'tasks', '--preset', 'tiny', '--out', 'run'
+    code, out, err = hyperclip('reproduce', *where, *grid, *cpu)
+    assert code == 0, err
+    results = read_results('run')
+    kept = without_images(test, image_ids(data.images, lost))
+    assert len(results['test'][0]) == len(kept) < len(test)
+    assert '100%, unseen images' in table1(results)
+    assert results['config']['clip']['name'] == f'{name}:{weights}'
+    assert '--data' in results['command']
+
+    code, _, err = hyperclip(*features, '--model', 'tiny', *cpu)
+    assert code == 2
+    assert 'by another CLIP' in err
+    assert 'images-00000.safetensors' in err
     run = Run.open('run')
-    assert run.clip.fingerprint == r['config']['clip']['fingerprint'] and run.adapter.width == 32
+    assert run.clip.fingerprint == results['config']['clip']['fingerprint']
+    assert run.adapter.width == 32
 
 
 def test_unseen_images_are_those_that_training_never_showed(tmp_path, vqa):
     data = build_tasks(read_vqa(vqa))
-    seen = {i for t in data.tasks['train'] for i in t.pairs[:, 0].tolist()}
-    new = np.split(unseen_queries(data.tasks), np.cumsum([len(t.query) for t in data.tasks['test']])[:-1])
-    for t, n in zip(data.tasks['test'], new): assert n.tolist() == [i not in seen for i in t.query[:, 0].tolist()]
+    test = data.tasks['test']
+    shown = set()
+    for task in data.tasks['train']:
+        shown.update(task.pairs[:, 0].tolist())
+    ends = np.cumsum([len(task.query) for task in test])
+    unseen = np.split(unseen_queries(data.tasks), ends[:-1])
+    for task, new in zip(test, unseen):
+        assert new.tolist() == [i not in shown for i in task.query[:, 0].tolist()]
+
     save_metavqa(data, tmp_path)
-    from hyperclip_nb.vision.clip import load_clip
-    encode_files(load_clip(), vqa, data.images, all_texts([t for ts in data.tasks.values() for t in ts]), tmp_path/'features')
-    test = Run('smoke', data=tmp_path).data['test']
-    assert test.size['unseen'].tolist() == [int(n.sum()) for n in new]
-    assert (test.parts['unseen'] <= test.parts['query']).all()
-    assert stats(data).test['tasks with unseen queries'] == sum(n.any() for n in new)
+    features = tmp_path/'features'
+    encode_files(load_clip(), vqa, data.images, texts_of(data), features)
+    of_run = Run(preset('smoke'), 'smoke', data=tmp_path).data['test']
+    assert of_run.size['unseen'].tolist() == [int(new.sum()) for new in unseen]
+    assert (of_run.parts['unseen'] <= of_run.parts['query']).all()
+    with_unseen = sum(new.any() for new in unseen)
+    assert stats(data).test['tasks with unseen queries'] == with_unseen
+
+
+# --- features that are stopped ---
+
+ENCODE = '''
+import sys
+import torch
+torch.set_num_threads(1)
+from hyperclip_nb.data.metavqa import load_metavqa
+from hyperclip_nb.data.tasks import all_texts
+from hyperclip_nb.vision.clip import load_clip
+from hyperclip_nb.vision.features import encode_files
+_, tasks, images, out = sys.argv
+data = load_metavqa(tasks)
+texts = all_texts([task for part in data.tasks.values() for task in part])
+encode_files(load_clip(), images, data.images, texts, out, shard=100)
+'''
+
+
+def start_encoding(tasks, images, out):
+    "A process that makes features, which can be killed"
+    folders = map(str, (tasks, images, out))
+    return subprocess.Popen([sys.executable, '-c', ENCODE, *folders])
+
+
+def kill_after_two_shards(process, folder):
+    end = time.time() + 120
+    while process.poll() is None and time.time() < end:
+        if len(list(folder.glob('images-*'))) >= 2:
+            break
+        time.sleep(.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 def test_killed_features_go_on(tmp_path, vqa):
-    data = build_tasks(read_vqa(vqa)); save_metavqa(data, tmp_path)
-    texts = all_texts([t for ts in data.tasks.values() for t in ts])
-    program = ("import sys, torch; torch.set_num_threads(1)\nfrom hyperclip_nb.vision.clip import load_clip; from hyperclip_nb.vision.photographs import encode_files; from hyperclip_nb.data.metavqa import load_metavqa; from hyperclip_nb.data.tasks import all_texts\n"
-               "d = load_metavqa(sys.argv[1]); encode_files(load_clip(), sys.argv[2], d.images, all_texts([t for ts in d.tasks.values() for t in ts]), sys.argv[3], shard=100)")
-    start = lambda out: subprocess.Popen([sys.executable, '-c', program, str(tmp_path), str(vqa), str(out)])
-    assert start(tmp_path/'whole').wait(300) == 0
-    process, end = start(tmp_path/'killed'), time.time() + 120
-    while len(list((tmp_path/'killed').glob('images-*'))) < 2 and process.poll() is None and time.time() < end: time.sleep(.005)
-    process.send_signal(signal.SIGKILL); process.wait()
-    with pytest.raises(ValueError, match='holds no features'): open_features(tmp_path/'killed', data.images, texts)
-    assert start(tmp_path/'killed').wait(300) == 0
-    for p in (tmp_path/'whole').glob('*.safetensors'): assert torch.equal(load_file(p)['features'], load_file(tmp_path/'killed'/p.name)['features'])
+    data = build_tasks(read_vqa(vqa))
+    save_metavqa(data, tmp_path)
+    whole, killed = tmp_path/'whole', tmp_path/'killed'
+    assert start_encoding(tmp_path, vqa, whole).wait(300) == 0
+    kill_after_two_shards(start_encoding(tmp_path, vqa, killed), killed)
+    with pytest.raises(ValueError, match='holds no features'):
+        open_features(killed, data.images, texts_of(data))
+    assert start_encoding(tmp_path, vqa, killed).wait(300) == 0
+    for path in whole.glob('*.safetensors'):
+        again = load_file(killed/path.name)['features']
+        assert torch.equal(load_file(path)['features'], again)
+
+
+# --- sizes ---
+
+def n_params(module):
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def test_the_paper_preset_has_the_papers_sizes():
-    p = PRESETS['paper']; adapter = Adapter(768, **p['adapter'])
-    count = lambda m: sum(x.numel() for x in m.parameters())
+    paper = PRESETS['paper']
+    hvae_settings, ldm_settings = paper['hvae'], paper['hyperldm']
+    latent = hvae_settings['latent']
+    adapter = Adapter(768, **paper['adapter'])
     assert adapter.n_weights == 394_240
     with torch.device('meta'):
-        assert round(count(HNet(adapter.n_weights))/1e6, 1) == 101.3
-        hvae, net = HVAE(adapter.n_weights, p['hvae']['latent'], p['hvae']['hidden']), NoiseNet(p['hvae']['latent'], 768, p['hyperldm']['hidden'])
-    assert [round(count(m)/1e6) for m in (hvae, net)] == [203, 1172]
-    assert [m.out_features for m in hvae.decoder[:-1:2]] == [512, 256] and len(linear_schedule()) == 350 == p['sampling']['steps']
-    assert json.dumps(PRESETS['default']) == json.dumps(override('default')) and p['world'] == PRESETS['default']['world']
+        assert round(n_params(HNet(adapter.n_weights))/1e6, 1) == 101.3
+        hvae = HVAE(adapter.n_weights, latent, hvae_settings['hidden'])
+        net = NoiseNet(latent, 768, ldm_settings['hidden'])
+    assert round(n_params(hvae)/1e6) == 203
+    assert round(n_params(net)/1e6) == 1172
+    assert [layer.out_features for layer in hvae.decoder[:-1:2]] == [512, 256]
+    assert len(linear_schedule()) == 350 == paper['sampling']['steps']
+
+
+def test_presets_change_only_what_they_say():
+    default = PRESETS['default']
+    assert json.dumps(default) == json.dumps(override(preset('default')))
+    assert PRESETS['paper']['world'] == default['world']
