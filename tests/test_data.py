@@ -23,7 +23,8 @@ from hyperclip_nb.data.metavqa import (
     unseen_queries,
 )
 from hyperclip_nb.data.statements import statement
-from hyperclip_nb.data.tasks import Task, all_texts
+from hyperclip_nb.data.batches import all_texts
+from hyperclip_nb.data.tasks import Task
 from hyperclip_nb.data.vqa import FILES, read_vqa, write_sample
 from hyperclip_nb.generators.hvae import HVAE
 from hyperclip_nb.generators.maml import HNet
@@ -32,9 +33,9 @@ from hyperclip_nb.lab.runs import Run
 from hyperclip_nb.lab.stages import PRESETS, add_preset, override, preset
 from hyperclip_nb.lab.tables import table1
 from hyperclip_nb.language.ddpm import linear_schedule
-from hyperclip_nb.language.hyperldm import NoiseNet
+from hyperclip_nb.language.noise_net import NoiseNet
 from hyperclip_nb.vision.clip import load_clip
-from hyperclip_nb.vision.features import (
+from hyperclip_nb.vision.photographs import (
     drop_images, encode_files, image_ids, open_features,
 )
 
@@ -332,9 +333,9 @@ import sys
 import torch
 torch.set_num_threads(1)
 from hyperclip_nb.data.metavqa import load_metavqa
-from hyperclip_nb.data.tasks import all_texts
+from hyperclip_nb.data.batches import all_texts
 from hyperclip_nb.vision.clip import load_clip
-from hyperclip_nb.vision.features import encode_files
+from hyperclip_nb.vision.photographs import encode_files
 _, tasks, images, out = sys.argv
 data = load_metavqa(tasks)
 texts = all_texts([task for part in data.tasks.values() for task in part])

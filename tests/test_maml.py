@@ -9,9 +9,8 @@ from torch import nn
 
 from hyperclip_nb.base.adapt import adapt, task_losses
 from hyperclip_nb.base.adapter import Adapter
-from hyperclip_nb.data.tasks import (
-    Features, TaskBatch, TaskData, all_texts, make_task,
-)
+from hyperclip_nb.data.batches import Features, TaskBatch, TaskData, all_texts
+from hyperclip_nb.data.tasks import make_task
 from hyperclip_nb.generators import maml
 from hyperclip_nb.generators.fast_maml import defer_weight_grad
 from hyperclip_nb.generators.hypernet import HyperNet
