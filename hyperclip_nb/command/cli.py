@@ -94,7 +94,7 @@ def reproduce(
             out=out,
             device=device,
             clip=clip,
-            again=again,
+            overwrite=again,
             track=tracker(bars),
             say=say,
             data=data,

@@ -6,6 +6,7 @@
 __all__ = ['KEYS', 'best_gamma', 'bootstrap', 'summary', 'per_task', 'compare']
 
 # %% ../../nbs/lab/36_stats.ipynb #e3656d9d
+import functools
 import numpy as np
 import pandas as pd
 from .methods import METHODS
@@ -27,6 +28,12 @@ def best_gamma(
     return float(accuracy.idxmax())
 
 # %% ../../nbs/lab/36_stats.ipynb #cd8f47d6
+@functools.lru_cache(maxsize=8)
+def _resamples(n, draws, seed): # concepts -> (draws,n)
+    "How often each concept comes when n are drawn with replacement"
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n, np.full(n, 1/n), draws)
+
 def bootstrap(
     difference:np.ndarray, # of two methods, on each task (T,)
     concepts:np.ndarray, # number of the concept that each task asks about (T,)
@@ -37,9 +44,7 @@ def bootstrap(
     group = np.unique(concepts, return_inverse=True)[1]
     total = np.bincount(group, difference) # (C,) of concepts
     count = np.bincount(group)
-    rng = np.random.default_rng(seed)
-    equal = np.full(len(count), 1/len(count))
-    times = rng.multinomial(len(count), equal, draws) # (draws,C) how often each came
+    times = _resamples(len(count), draws, seed)
     means = times@total/(times@count)
     return tuple(np.percentile(means, (2.5, 97.5)))
 
