@@ -25,10 +25,11 @@ from hyperclip_nb.generators.maml import HNet, split_batch, train_mnet_maml
 from hyperclip_nb.lab import sampler_steps, sweeps
 from hyperclip_nb.lab.calibration_audit import calibration_error, confidences
 from hyperclip_nb.lab.curves import descriptor_figure, few_shot_figure, gamma_figure
-from hyperclip_nb.lab.experiments import Experiment, evaluate_row, grid_rows, reproduce
-from hyperclip_nb.lab.experiments import support_subset
+from hyperclip_nb.lab.experiments import reproduce
 from hyperclip_nb.lab.memory_audit import candidates, memory_audit
 from hyperclip_nb.lab.methods import METHODS, nearest_question
+from hyperclip_nb.lab.reports import Experiment
+from hyperclip_nb.lab.rows import evaluate_row, grid_rows, support_subset
 from hyperclip_nb.lab.stages import STAGES, STREAMS, Models, add_preset, preset
 from hyperclip_nb.lab.stats import best_gamma, summary
 from hyperclip_nb.lab.tables import table1
@@ -42,9 +43,9 @@ TRAINED = [name for name in STAGES if name not in VARIANTS]
 READERS = [name for name in TRAINED if STAGES[name].reads_questions]
 add_preset(
     'protocol', 'smoke', world=dict(tasks=(30, 10, 12), scenes=(1000, 400, 500)),
-    multitask=dict(epochs=1), mnet_maml=dict(epochs=1), mnet_fomaml=dict(epochs=1),
+    multitask=dict(epochs=1), mnet_maml=dict(epochs=4), mnet_fomaml=dict(epochs=4),
     hnet_maml=dict(epochs=1), cond_multitask=dict(epochs=2), cond_film=dict(epochs=1),
-    cond_hnet_maml=dict(epochs=1), cond_strong=dict(epochs=1), tuned=dict(epochs=1),
+    cond_hnet_maml=dict(epochs=1), cond_strong=dict(epochs=5), tuned=dict(epochs=1),
     weights=dict(steps=3), hnet_latents=dict(steps=2), hvae=dict(steps=8),
     hyperclip=dict(steps=6), hyperldm=dict(steps=8), regression=dict(steps=8),
     few_shot=dict(steps=2), sampling=dict(steps=4),
@@ -405,10 +406,14 @@ def test_the_best_settings_of_a_sweep_are_those_of_highest_accuracy():
 
 
 def test_few_steps_says_which_tasks_it_measured(run, monkeypatch):
-    monkeypatch.setattr(
-        sampler_steps, 'evaluate',
-        lambda adapter, W, data: np.full(len(data), float(len(data))),
-    )
+    def count(adapter, W, data):
+        return np.full(len(data), float(len(data)))
+
+    def no_latents(ldm, e, gamma, sampler, steps, draws):
+        return torch.zeros(draws, len(e), len(ldm.mean))
+
+    monkeypatch.setattr(sampler_steps, 'evaluate', count)
+    monkeypatch.setattr(sampler_steps, '_latents', no_latents)
     found = sampler_steps.few_steps(run, draws=1)
     assert set(found.valid) == {10.} and set(found.test) == {12.}
 
