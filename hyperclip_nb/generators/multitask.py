@@ -13,7 +13,7 @@ from ..base.adapter import Adapter
 from ..base.training import fit_tasks
 from .hypernet import HyperNet
 
-# %% ../../nbs/generators/19_multitask.ipynb #fbe526ee
+# %% ../../nbs/generators/21_multitask.ipynb #fbe526ee
 def train_multitask(
     adapter:Adapter, # the base network
     data:TaskData, # training tasks
@@ -33,7 +33,7 @@ def train_multitask(
         [W], weights, adapter, data, valid, epochs, lr, generator, **settings)
     return W.detach(), history
 
-# %% ../../nbs/generators/19_multitask.ipynb #914c74ba
+# %% ../../nbs/generators/21_multitask.ipynb #914c74ba
 def train_cond_multitask(
     adapter:Adapter, # the base network
     data:TaskData, # training tasks
@@ -73,7 +73,7 @@ class FiLM(nn.Module):
         b2 = w['b2'].expand(len(e), -1) # (T,D)
         return torch.cat([W1.flatten(1), b1, W2, b2], 1)
 
-# %% ../../nbs/generators/19_multitask.ipynb #70b2f8d3
+# %% ../../nbs/generators/21_multitask.ipynb #70b2f8d3
 def train_cond_film(
     adapter:Adapter, # the base network
     data:TaskData, # training tasks
