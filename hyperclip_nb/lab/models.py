@@ -62,7 +62,7 @@ class Stage:
 
 STAGES = {} # attribute of `Models` -> how it is trained
 
-# %% ../../nbs/lab/34_models.ipynb #3e3475b0
+# %% ../../nbs/lab/34_models.ipynb #ecc0be5c
 def stage(
     seed:int, # number of its own random stream
     default:dict=None, # its settings in the default preset
@@ -81,8 +81,9 @@ def stage(
         if settings is None:
             setting(name, default or {}, smoke, paper)
         STAGES[name] = Stage(
-            name, train, name, settings or name, untrained, reads_questions,
-            longer_at_small_shares, bf16,
+            name=name, train=train, stream=name, settings=settings or name,
+            untrained=untrained, reads_questions=reads_questions,
+            longer_at_small_shares=longer_at_small_shares, bf16=bf16,
         )
         return train
     return register
