@@ -36,9 +36,11 @@ def _job(models, slug, share, gammas, say):
     return rows
 
 def _summary_line(seed, share, title, rows):
-    means = [np.mean(row['test']) for row in rows if row['setting'] == 'zero-shot']
-    accuracies = ', '.join(f'{mean:.1f}' for mean in means)
-    return f'seed {seed}, {share:4.0%} of descriptors, {title}: {accuracies}'
+    means = []
+    for row in rows:
+        if row['setting'] == 'zero-shot':
+            means.append(f'{np.mean(row["test"]):.1f}')
+    return f'seed {seed}, {share:4.0%} of descriptors, {title}: {", ".join(means)}'
 
 def _key(row):
     "What names a row: all but its scores"
@@ -85,8 +87,8 @@ def reproduce(
     rows = []
     for seed in run.each(seeds):
         for share in sorted(shares, reverse=True):
-            once = share == max(shares)
-            rows += _jobs(run, seed, share, methods, gammas, once, say)
+            slugs = _asked_at(share, shares, methods)
+            rows += _jobs(run, seed, share, slugs, gammas, say)
     asked = dict(seeds=seeds, shares=shares, methods=methods, gammas=gammas)
     config = run.config | {key: list(values) for key, values in asked.items()}
     done = Experiment(config, rows, run)
@@ -101,14 +103,9 @@ def _jobs(run, seed, share, methods, gammas, once, say):
     rows = []
     for slug in methods:
         method = METHODS[slug]
-        if method.reads_questions:
-            rows += _job(models[method.whitened], slug, share, gammas, say)
-        elif once:
-            rows += _job(models[method.whitened], slug, 1., gammas, say)
+        named = share if method.reads_questions else 1. # in rows and in their file
+        rows += _job(models[method.whitened], slug, named, gammas, say)
     return rows
-
-def _whitened(methods):
-    return {METHODS[slug].whitened for slug in methods}
 
 def _check_grid(methods, gammas, shares):
     "ValueError where something is asked for that there is not"

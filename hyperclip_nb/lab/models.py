@@ -82,8 +82,9 @@ def stage(
         if settings is None:
             setting(name, default or {}, smoke, paper)
         STAGES[name] = Stage(
-            name, train, name, settings or name, untrained, reads_questions,
-            longer_at_small_shares, bf16,
+            name=name, train=train, stream=name, settings=settings or name,
+            untrained=untrained, reads_questions=reads_questions,
+            longer_at_small_shares=longer_at_small_shares, bf16=bf16,
         )
         return train
     return register

@@ -79,7 +79,10 @@ def _command(config):
     )
 
 def _comma_separated(values):
-    return ','.join(f'{x:g}' if isinstance(x, float) else str(x) for x in values)
+    return ','.join(map(_as_word, values))
+
+def _as_word(value):
+    return f'{value:g}' if isinstance(value, float) else str(value)
 
 # %% ../../nbs/lab/46_reports.ipynb #d54e3e6e
 def _versions():

@@ -98,6 +98,7 @@ def _way(table):
     ceiling = table[few_shot].test.max()
     return 100*(table.test - floor.item())/(ceiling - floor.item())
 
+# %% ../../nbs/lab/36_stats.ipynb #59a2a9d5
 def _gaps(results, groups, against):
     "For each line, the difference (T,) to a zero-shot rival at the same share"
     means, rivals = {}, {}
