@@ -96,10 +96,17 @@ def reproduce(
         save_results(done, out)
     return done
 
-# %% ../../nbs/lab/47_experiments.ipynb #ff26e1a7
-def _jobs(run, seed, share, methods, gammas, once, say):
-    "The rows of all methods; those that read no question only `once` for a seed"
-    models = {white: Models(run, seed, share, white) for white in _whitened(methods)}
+# %% ../../nbs/lab/47_experiments.ipynb #e51441b6
+def _asked_at(share, shares, methods):
+    "The methods that are measured at a share: those that read no question only once"
+    if share == max(shares):
+        return methods
+    return [slug for slug in methods if METHODS[slug].reads_questions]
+
+def _jobs(run, seed, share, methods, gammas, say):
+    "The rows of some methods, for one seed and one share"
+    whitened = {METHODS[slug].whitened for slug in methods}
+    models = {white: Models(run, seed, share, white) for white in whitened}
     rows = []
     for slug in methods:
         method = METHODS[slug]

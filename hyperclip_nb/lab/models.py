@@ -63,7 +63,7 @@ class Stage:
 
 STAGES = {} # attribute of `Models` -> how it is trained
 
-# %% ../../nbs/lab/39_models.ipynb #3e3475b0
+# %% ../../nbs/lab/39_models.ipynb #ecc0be5c
 def stage(
     seed:int, # number of its own random stream
     default:dict=None, # its settings in the default preset

@@ -20,7 +20,7 @@ from ..vision.photographs import drop_images, image_ids, open_features
 from ..base.adapter import Adapter
 from .parts import Parts
 
-# %% ../../nbs/lab/38_runs.ipynb #9601eb97
+# %% ../../nbs/lab/38_runs.ipynb #aea555a1
 def _check_same(folder, config):
     "ValueError where a folder holds another experiment"
     file = folder/'config.json'
@@ -49,7 +49,7 @@ def _shortened(value):
     text = str(value)
     return text if len(text) < 60 else f'{text[:56]} …'
 
-# %% ../../nbs/lab/38_runs.ipynb #474b8efb
+# %% ../../nbs/lab/38_runs.ipynb #0a0906d5
 def _remove_unfinished(folder):
     "Remove what processes that are gone have left half-written in a folder"
     for file in folder.rglob('.*.part'):
@@ -57,7 +57,7 @@ def _remove_unfinished(folder):
         if not Path(f'/proc/{process}').exists():
             file.unlink(missing_ok=True)
 
-# %% ../../nbs/lab/38_runs.ipynb #6f68c04b
+# %% ../../nbs/lab/38_runs.ipynb #6fe2d5d1
 class _WorldTasks:
     "Tasks about an embedded world"
     def __init__(self, seed, settings, clip, device):
@@ -105,7 +105,7 @@ class _FileTasks:
     def clip(self):
         return load_clip(self.config['clip']['name'], self.device)
 
-# %% ../../nbs/lab/38_runs.ipynb #1a607b80
+# %% ../../nbs/lab/38_runs.ipynb #a96710e2
 def _chained(tasks):
     return [task for some in tasks.values() for task in some]
 
@@ -117,7 +117,7 @@ def _tasks_digest(tasks):
         content += [words, task.pairs.tobytes()]
     return digest(*content)
 
-# %% ../../nbs/lab/38_runs.ipynb #bbd1899d
+# %% ../../nbs/lab/38_runs.ipynb #5f18dfd1
 def _mark_unseen(test, tasks):
     "Name the query pairs of test tasks whose images no other task shows"
     query = test.parts['query']
@@ -126,7 +126,7 @@ def _mark_unseen(test, tasks):
     if (unseen != query).any():
         test.add_part('unseen', unseen)
 
-# %% ../../nbs/lab/38_runs.ipynb #294fb176
+# %% ../../nbs/lab/38_runs.ipynb #a5de7a78
 def _task_source(data, world_seed, world, clip, device):
     "Where the tasks of a run come from"
     if data:
@@ -145,7 +145,7 @@ def _task_data(tasks, features, device):
     _mark_unseen(data['test'], tasks)
     return data
 
-# %% ../../nbs/lab/38_runs.ipynb #92594965
+# %% ../../nbs/lab/38_runs.ipynb #779a65d5
 def _stored_arguments(folder):
     "What a run was made with, from its folder; ValueError where there is none"
     try:

@@ -69,7 +69,7 @@ def summary(
     table.insert(0, 'name', [_name(line) for line in table.itertuples()])
     return table
 
-# %% ../../nbs/lab/44_stats.ipynb #9198a0fc
+# %% ../../nbs/lab/44_stats.ipynb #e7ccab86
 def _row_numbers(rows):
     "Row numbers of the seeds of each method and setting: values of `KEYS` -> list"
     table = pd.DataFrame(rows).reset_index(names='number')
@@ -98,7 +98,7 @@ def _way(table):
     ceiling = table[few_shot].test.max()
     return 100*(table.test - floor.item())/(ceiling - floor.item())
 
-# %% ../../nbs/lab/36_stats.ipynb #59a2a9d5
+# %% ../../nbs/lab/44_stats.ipynb #59a2a9d5
 def _gaps(results, groups, against):
     "For each line, the difference (T,) to a zero-shot rival at the same share"
     means, rivals = {}, {}
