@@ -14,7 +14,8 @@ from hyperclip_nb.base.adapt import (
 )
 from hyperclip_nb.base.adapter import Adapter
 from hyperclip_nb.base.training import fit_tasks
-from hyperclip_nb.data.tasks import Features, TaskBatch, TaskData, all_texts, make_task
+from hyperclip_nb.data.batches import Features, TaskBatch, TaskData, all_texts
+from hyperclip_nb.data.tasks import make_task
 from hyperclip_nb.generators.hypernet import HyperNet
 from hyperclip_nb.generators.multitask import train_cond_multitask, train_multitask
 
