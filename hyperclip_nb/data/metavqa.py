@@ -108,8 +108,8 @@ def save_metavqa(
         tasks = {task.question: _as_json(data, task) for task in data.tasks[part]}
         prompts |= {task.question: task.prompt for task in data.tasks[part]}
         atomic_write(Path(folder)/file, json.dumps(tasks, ensure_ascii=False))
-    content = json.dumps(prompts, ensure_ascii=False)
-    atomic_write(Path(folder)/'prompt_meta.json', content)
+    file = Path(folder)/'prompt_meta.json'
+    atomic_write(file, json.dumps(prompts, ensure_ascii=False))
 
 # %% ../../nbs/data/10_metavqa.ipynb #e9208326
 def _check_pairs(where, key, task):
@@ -158,8 +158,8 @@ def _read_parts(folder):
             raise ValueError(f'{folder/_FILES[part]} {problem}')
     both = set(found['train']) & set(found['test'])
     if both:
-        files = 'both in meta_train.json and in meta_test.json'
-        raise ValueError(f'{folder}: "{min(both)}" is {files}')
+        files = ' and in '.join(_FILES.values())
+        raise ValueError(f'{folder}: "{min(both)}" is both in {files}')
     for part, file in _FILES.items():
         for question, task in found[part].items():
             where = f'{folder/file}: "{question}"'
@@ -220,9 +220,8 @@ def split_valid(
     "Put a random part of the training tasks aside for validation"
     n = max(1, round(share*len(tasks)))
     order = np.random.default_rng(seed).permutation(len(tasks))
-    train = [tasks[i] for i in np.sort(order[n:])]
-    valid = [tasks[i] for i in np.sort(order[:n])]
-    return train, valid
+    valid, train = np.sort(order[:n]), np.sort(order[n:])
+    return [tasks[i] for i in train], [tasks[i] for i in valid]
 
 # %% ../../nbs/data/10_metavqa.ipynb #d4ed4a87
 def _set_sizes(tasks):
@@ -254,5 +253,5 @@ def stats(
     columns = {}
     for part, tasks in (data.tasks | dict(all=every)).items():
         columns[part] = task_stats(tasks) | _set_sizes(tasks)
-    table = pd.DataFrame(columns).drop('concepts')
-    return pd.concat([table, pd.DataFrame(dict(test=_seen_before(data.tasks)))])
+    seen = pd.DataFrame(dict(test=_seen_before(data.tasks)))
+    return pd.concat([pd.DataFrame(columns).drop('concepts'), seen])
