@@ -4,6 +4,7 @@ On busy cores two OpenMP threads run far slower than one, and sums in a fixed or
 give the same numbers everywhere. Both cores are used by two processes instead."""
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -14,21 +15,32 @@ os.environ.setdefault('MPLBACKEND', 'agg')  # no display needed
 # notebooks that run side by side must not share IPython's files
 os.environ['IPYTHONDIR'] = tempfile.mkdtemp(prefix='ipython-')
 
-BY_ITSELF = 'test_notebooks', 'test_house'  # files whose tests share nothing
+BY_ITSELF = 'test_notebooks', 'test_house' # files whose tests share nothing
+SLOW = 'test_experiments', 'test_protocol', 'test_data' # files that take a minute
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "A file that shares fixtures stays in one process"
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition('::')[0]
+            return nodeid if Path(file).stem in BY_ITSELF else file
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    "A file that shares fixtures stays in one process; the long notebooks start first"
+    "What takes long starts first"
     items.sort(key=expected_time, reverse=True)
-    for item in items:
-        if item.module.__name__ not in BY_ITSELF:
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
 
 
 def expected_time(item):
-    "A notebook takes about as long as it is large; other tests follow in their order"
-    path = getattr(item, 'callspec', None) and item.callspec.params.get('nb')
-    if path is None or item.originalname != 'test_runs':
+    "Slow files, then notebooks by their size, then all others in their order"
+    if item.path.stem in SLOW:
+        return float('inf')
+    if item.originalname != 'test_runs':
         return 0
-    return path.stat().st_size
+    return item.callspec.params['nb'].stat().st_size

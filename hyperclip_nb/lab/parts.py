@@ -43,7 +43,9 @@ class Parts:
     ):
         "One seed after the other, with nothing in memory but its own parts"
         for seed in seeds:
-            self.parts.clear()
+            for name in list(self.parts):
+                if not name.startswith(f'seed{seed}-'):
+                    del self.parts[name]
             yield seed
 
 # %% ../../nbs/lab/37_parts.ipynb #1cff67a7
