@@ -247,7 +247,7 @@ ALL = tuple( # without second rows and variants
     slug for slug in METHODS
     if not slug.endswith('-white') and slug not in ABLATION[1:]
 )
-AHEAD = ( # the tuned HyperLDM and all its company
+AHEAD = ( # the tuned HyperLDM and the strongest baselines
     'clip', 'multitask', 'cond-multitask', 'cond-multitask-strong',
     'hvae-regression-white', 'hvae-ridge', 'hvae-hyperldm', 'hvae-hyperldm-white',
     'hvae-hyperldm-tuned',
