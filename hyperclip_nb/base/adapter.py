@@ -10,10 +10,8 @@ import math
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
-from ..data.files import atomic_write
+from ..data.files import read_tensors, write_tensors
 from ..data.batches import TaskBatch
 
 # %% ../../nbs/base/17_adapter.ipynb #dbf711b8
@@ -71,9 +69,7 @@ def save_weights(
     "Write weights as `W1`, `b1`, `W2`, `b2`"
     provenance['temperature'] = adapter.temperature
     metadata = {key: str(value) for key, value in provenance.items()}
-    parts = adapter.split(W)
-    tensors = {name: part.contiguous() for name, part in parts.items()}
-    atomic_write(path, save(tensors, metadata))
+    write_tensors(path, adapter.split(W), metadata)
 
 def load_weights(
     path, # file that `save_weights` wrote
@@ -81,7 +77,7 @@ def load_weights(
     clip:str, # fingerprint of the CLIP in use
 )->Tensor: # weights (P,)
     "Read weights back; ValueError where a file is damaged or made for something else"
-    tensors, metadata = _read_tensors(path)
+    tensors, metadata = _readable_tensors(path)
     _check_shapes(path, tensors, adapter)
     _check_clip(path, metadata.get('clip'), clip)
     return torch.cat([tensors[name].flatten() for name in adapter.shapes])
@@ -89,12 +85,10 @@ def load_weights(
 # %% ../../nbs/base/17_adapter.ipynb #5f1c2a90
 _ADVICE = 'with hyperclip ask --save'
 
-def _read_tensors(path):
+def _readable_tensors(path):
     "Named tensors of a file, and what the file says about itself"
     try:
-        with safe_open(path, 'pt') as f:
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
-            return tensors, f.metadata() or {}
+        return read_tensors(path)
     except Exception as error:
         problem = f'{path} holds no readable weights ({error})'
         raise ValueError(f'{problem}; write some {_ADVICE}') from None

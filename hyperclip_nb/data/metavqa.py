@@ -6,14 +6,13 @@
 __all__ = ['VQA', 'split_questions', 'build_tasks', 'save_metavqa', 'load_metavqa', 'unseen_queries', 'split_valid', 'stats']
 
 # %% ../../nbs/data/10_metavqa.ipynb #c2e0c0be
-import json
 import random
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .files import atomic_write, read_json
+from .files import read_json, write_json
 from .tasks import Task, compact_images, make_task, task_stats
 from .statements import statement
 
@@ -107,9 +106,8 @@ def save_metavqa(
     for part, file in _FILES.items():
         tasks = {task.question: _as_json(data, task) for task in data.tasks[part]}
         prompts |= {task.question: task.prompt for task in data.tasks[part]}
-        atomic_write(Path(folder)/file, json.dumps(tasks, ensure_ascii=False))
-    file = Path(folder)/'prompt_meta.json'
-    atomic_write(file, json.dumps(prompts, ensure_ascii=False))
+        write_json(Path(folder)/file, tasks, ensure_ascii=False)
+    write_json(Path(folder)/'prompt_meta.json', prompts, ensure_ascii=False)
 
 # %% ../../nbs/data/10_metavqa.ipynb #e9208326
 def _check_pairs(where, key, task):

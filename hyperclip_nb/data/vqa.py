@@ -7,12 +7,11 @@ __all__ = ['SUBSETS', 'FILES', 'image_name', 'write_sample', 'read_vqa']
 
 # %% ../../nbs/data/09_vqa.ipynb #eb9155e3
 import io
-import json
 import warnings
 from pathlib import Path
 import pandas as pd
 from PIL import Image
-from .files import atomic_write, read_json
+from .files import atomic_write, read_json, write_json
 from .drawing import render
 from .world import make_world
 
@@ -63,7 +62,7 @@ def _write_subset(folder, subset, rows): # rows: (number, question, image, answe
     both = zip(FILES[subset], ('questions', 'annotations'), (questions, annotations))
     for file, key, entries in both:
         content = {'data_subtype': subset, key: entries}
-        atomic_write(folder/file, json.dumps(content))
+        write_json(folder/file, content)
 
 # %% ../../nbs/data/09_vqa.ipynb #bdb55f84
 def write_sample(

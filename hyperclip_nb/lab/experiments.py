@@ -9,7 +9,7 @@ __all__ = ['reproduce', 'Experiment', 'read_results']
 import json
 import shutil
 import numpy as np
-from ..data.files import atomic_write
+from ..data.files import write_json
 from ..data.tasks import has_descriptor
 from .runs import Run
 from .stages import Models, preset as settings_of
@@ -30,7 +30,7 @@ def _job(models, slug, share, gammas, say):
     for row in missing:
         known[_key(row)] = row | _rounded(evaluate_row(models, row))
     if file and missing:
-        atomic_write(file, json.dumps(list(known.values())))
+        write_json(file, list(known.values()))
     rows = [known[_key(row)] for row in wanted]
     say(_summary_line(models.seed, share, METHODS[slug].title, rows))
     return rows

@@ -7,9 +7,9 @@ __all__ = ['Parts']
 
 # %% ../../nbs/lab/37_parts.ipynb #ffbee258
 from pathlib import Path
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
-from ..data.files import atomic_write
+from ..data.files import write_tensors
 
 # %% ../../nbs/lab/37_parts.ipynb #4d6a7b23
 class Parts:
@@ -51,8 +51,7 @@ class Parts:
 # %% ../../nbs/lab/37_parts.ipynb #1cff67a7
 def _write_part(file, part):
     tensors = dict(value=part) if isinstance(part, Tensor) else part.state_dict()
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    atomic_write(file, save(tensors))
+    write_tensors(file, tensors)
 
 def _read_part(file, untrained, device):
     try:

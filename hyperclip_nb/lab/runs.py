@@ -10,7 +10,7 @@ import functools
 import json
 from pathlib import Path
 import torch
-from ..data.files import atomic_write, digest
+from ..data.files import digest, write_json
 from ..data.batches import TaskData, all_texts
 from ..data.world import make_world
 from ..data.metavqa import load_metavqa, split_valid, unseen_queries
@@ -195,8 +195,7 @@ class Run(Parts):
         self.data = _task_data(self.tasks, features, device)
         self.adapter = Adapter(features.image.shape[1], **settings['adapter'])
         if self.folder:
-            text = json.dumps(self.config, indent=1)
-            atomic_write(self.folder/'config.json', text)
+            write_json(self.folder/'config.json', self.config, indent=1)
 
     def _features_progress(self, steps):
         return self.track(steps, 'features')

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor
 import hyperclip_nb
-from ..data.files import digest
+from ..data.files import digest, read_metadata
 from .tokenizer import tokenize
 
 # %% ../../nbs/vision/13_clip.ipynb #6fcd5759
@@ -115,8 +114,7 @@ TINY = ASSETS/'tiny-clip.safetensors' # the shipped weights
 def tiny_facts(
 )->dict:
     "What the file of the shipped weights says of itself: words, training, retrieval"
-    with safe_open(TINY, 'pt') as file:
-        return file.metadata()
+    return read_metadata(TINY)
 
 # %% ../../nbs/vision/13_clip.ipynb #8bd1469a
 def _check_name(name, architecture, weights, open_clip):

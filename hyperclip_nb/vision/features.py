@@ -8,8 +8,7 @@ __all__ = ['encode_tasks', 'encode_world']
 # %% ../../nbs/vision/15_features.ipynb #e8fd7d65
 from pathlib import Path
 import torch
-from safetensors.torch import save
-from ..data.files import atomic_write, digest, load_checked
+from ..data.files import digest, load_checked, write_tensors
 from ..data.batches import Features, all_texts
 from ..data.drawing import render
 from ..data.world import World
@@ -33,7 +32,7 @@ def encode_tasks(
     x = torch.cat([clip.encode_image(batch).cpu() for batch in images])
     t = clip.encode_text(texts).cpu()
     if path:
-        atomic_write(path, save(dict(image=x, text=t), made_for))
+        write_tensors(path, dict(image=x, text=t), made_for)
     return Features(x, t, texts)
 
 # %% ../../nbs/vision/15_features.ipynb #34db8566

@@ -12,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from PIL import Image
-from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
-from ..data.files import atomic_write, digest, load_checked
+from ..data.files import digest, load_checked, write_json, write_tensors
 from ..data.batches import Features
 from .clip import Clip
 
@@ -110,7 +109,7 @@ def _keep_shard(clip, names, paths, path, batch, workers):
     lost = [names[i] for i in positions]
     about = dict(clip=clip.fingerprint, holds=_digest(names))
     about['unreadable'] = json.dumps(lost)
-    atomic_write(path, save(dict(features=features), about))
+    write_tensors(path, dict(features=features), about)
     return lost
 
 def _keep_texts(clip, texts, path):
@@ -120,7 +119,7 @@ def _keep_texts(clip, texts, path):
         load_checked(path, **made_for)
     else:
         vectors = clip.encode_text(texts).half().cpu()
-        atomic_write(path, save(dict(features=vectors), made_for))
+        write_tensors(path, dict(features=vectors), made_for)
 
 # %% ../../nbs/vision/16_photographs.ipynb #745785d2
 def encode_files(
@@ -150,7 +149,7 @@ def encode_files(
         images=_digest(names), texts=_digest(texts), shards=files,
         unreadable=unreadable,
     )
-    atomic_write(folder/'index.json', json.dumps(index, indent=1))
+    write_json(folder/'index.json', index, indent=1)
     return unreadable
 
 # %% ../../nbs/vision/16_photographs.ipynb #86c7592c

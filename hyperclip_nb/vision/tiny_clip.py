@@ -10,10 +10,9 @@ import json
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save as tensors_to_bytes
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import OneCycleLR
-from ..data.files import atomic_write
+from ..data.files import write_tensors
 from ..data.scenes import ATTRIBUTES, BACKGROUNDS, prior, sample_scenes
 from ..data.drawing import render
 from ..data.questions import concepts, to_text
@@ -165,6 +164,5 @@ def save_tiny(
     metadata |= {name: json.dumps(value) for name, value in facts.items()}
     tensors = {}
     for name, value in model.state_dict().items():
-        half = value.half() if value.is_floating_point() else value
-        tensors[name] = half.contiguous()
-    atomic_write(path, tensors_to_bytes(tensors, metadata))
+        tensors[name] = value.half() if value.is_floating_point() else value
+    write_tensors(path, tensors, metadata)

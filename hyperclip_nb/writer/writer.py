@@ -9,10 +9,8 @@ __all__ = ['save_hyperldm', 'load_hyperldm', 'extra_modules', 'save_tuned', 'loa
 import functools
 import json
 from contextlib import contextmanager
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import nn
-from ..data.files import atomic_write
+from ..data.files import read_metadata, read_tensors, write_tensors
 from ..base.adapter import Adapter
 from ..generators.hvae import HVAE
 from ..language.hyperldm import HyperLDM
@@ -55,10 +53,10 @@ def save_hyperldm(
     tensors = {}
     for name, module in modules.items():
         for key, x in _stored(module).items():
-            tensors[f'{name}.{key}'] = x.half().contiguous()
+            tensors[f'{name}.{key}'] = x.half()
     sizes = _sizes(adapter, hvae, ldm, extra)
     about = dict(sizes=json.dumps(sizes), clip=clip, facts=json.dumps(facts))
-    atomic_write(path, save(tensors, about))
+    write_tensors(path, tensors, about)
 
 # %% ../../nbs/writer/34_writer.ipynb #8020e553
 @contextmanager
@@ -85,9 +83,8 @@ def _check_tensor(name, found, shape):
 # %% ../../nbs/writer/34_writer.ipynb #5a815421
 def _read(path):
     "Sizes, tensors in full precision, and facts"
-    with safe_open(path, 'pt') as file:
-        about = file.metadata() or {}
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+    tensors, about = read_tensors(path)
+    tensors = {name: x.float() for name, x in tensors.items()}
     _check_header(about)
     facts = dict(clip=about['clip'], **json.loads(about['facts']))
     return json.loads(about['sizes']), tensors, facts
@@ -127,8 +124,7 @@ def extra_modules(
 )->list: # of names
     "What a file holds beside HVAE and HyperLDM; nothing where it cannot be read"
     try:
-        with safe_open(path, 'pt') as file:
-            return json.loads(file.metadata()['sizes'])['also']
+        return json.loads(read_metadata(path)['sizes'])['also']
     except Exception:
         return []
 
