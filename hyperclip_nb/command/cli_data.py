@@ -175,6 +175,7 @@ def features(
     unreadable = f'{len(lost)} cannot be read'
     say(f'{encoded}, {unreadable}; features are in {folder/"features"}')
 
+# %% ../../nbs/command/68_cli_data.ipynb #129e5a5a
 def _report_lost(tasks, names, lost):
     "Name images that cannot be read, and warn of tasks that go without them"
     from hyperclip_nb.vision.photographs import drop_images, image_ids

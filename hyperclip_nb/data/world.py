@@ -86,6 +86,7 @@ def make_world(
     parts, used = compact_images(parts)
     return World(parts, _join(pools)[used])
 
+# %% ../../nbs/data/07_world.ipynb #73436cb8
 def _check_concept(concept, part, n_tasks, n_scenes):
     if concept is None:
         raise ValueError(

@@ -124,6 +124,7 @@ def _check_names(names):
             known = ', '.join(WORKLOADS)
             raise ValueError(f'unknown stage {name!r}: use some of {known}')
 
+# %% ../../nbs/lab/64_bench.ipynb #1f1ce8ba
 def bench(
     preset:str='default', # a key of `PRESETS`
     width:int=96, # D, of CLIP

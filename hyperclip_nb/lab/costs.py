@@ -47,6 +47,7 @@ class _HyperNet(NamedTuple):
     def parameters(self):
         return (self.hidden + 1)*self.n_weights + (self.n_in + 1)*self.hidden
 
+# %% ../../nbs/lab/60_costs.ipynb #37a22c0d
 class _Task(NamedTuple):
     "Operations on the images of one task"
     width:int # D

@@ -110,6 +110,7 @@ def _draw_path(ax, path, number, color): # path (steps,2)
         zorder=4, bbox=box,
     )
 
+# %% ../../nbs/lab/51_maps.ipynb #53be27c1
 def path_figure(
     experiment:Experiment, # with `hvae-hyperclip`
     questions:int=5, # families, each with its first test question

@@ -33,6 +33,7 @@ def _accuracy(models, z, data): # z (draws,T,Z)
         scores.append(evaluate(models.adapter, W, data).mean())
     return sum(scores)/len(scores)
 
+# %% ../../nbs/lab/57_sampler_steps.ipynb #6b25023c
 def few_steps(
     run:Run, # with its trained models
     seeds=(0,), # of the trainings
@@ -61,6 +62,7 @@ def few_steps(
             rows.append(row)
     return pd.DataFrame(rows)
 
+# %% ../../nbs/lab/57_sampler_steps.ipynb #cf005ac4
 def steps_table(
     found:pd.DataFrame, # what `few_steps` returns
 )->pd.DataFrame: # a row for each sampler and number of steps

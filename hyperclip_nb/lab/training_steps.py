@@ -62,6 +62,7 @@ def _plain_hvae_loss(setup, net):
 
     return loss
 
+# %% ../../nbs/lab/63_training_steps.ipynb #0f1e37a1
 def hvae_step(setup:Setup)->Workload: # what it works on
     "Steps of `train_hvae` (Algorithm 8)"
     settings = setup.preset['hvae']

@@ -131,7 +131,7 @@ class NoiseNet(nn.Module):
         def model(
             z, # noisy latents (B,Z)
             t, # their steps (B,)
-        ): # noisy latents (B,Z) and their steps (B,) -> (B,Z)
+        ): # (B,Z)
             time = time_embedding(t[:1] if t.stride(0) == 0 else t).to(e)
             for block, layer in zip(self.blocks, layers):
                 z = block.after_first(z, layer(z, time))
