@@ -3,6 +3,7 @@
 On busy cores two OpenMP threads run far slower than one, and sums in a fixed order
 give the same numbers everywhere. Both cores are used by two processes instead."""
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -44,3 +45,17 @@ def expected_time(item):
     if item.originalname != 'test_runs':
         return 0
     return item.callspec.params['nb'].stat().st_size
+
+
+@pytest.fixture
+def hyperclip(monkeypatch, capsys):
+    "Run `hyperclip` in this process: exit code, standard output, standard error"
+    from hyperclip_nb.command import cli  # after the threads are set
+
+    def run(*args):
+        monkeypatch.setattr(sys, 'argv', ['hyperclip', *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+    return run

@@ -10,21 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hyperclip_nb.command import cli
-
 STAR = 'What color is the star?'
-
-
-@pytest.fixture
-def hyperclip(monkeypatch, capsys):
-    "Run `hyperclip` in this process: exit code, standard output, standard error"
-    def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['hyperclip', *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-    return run
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
 from hyperclip_nb.base.adapter import Adapter
-from hyperclip_nb.command import cli
 from hyperclip_nb.data.metavqa import (
     VQA, build_tasks, load_metavqa, save_metavqa, split_questions, stats,
     unseen_queries,
@@ -62,18 +61,6 @@ def small_clip(tmp_path_factory):
     weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(weights, folder/'weights.safetensors')
     return 'test-small', folder/'weights.safetensors'
-
-
-@pytest.fixture
-def hyperclip(monkeypatch, capsys):
-    "Run `hyperclip` in this process: exit code, standard output, standard error"
-    def run(*args):
-        monkeypatch.setattr(sys, 'argv', ['hyperclip', *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-    return run
 
 
 def all_tasks(data):
