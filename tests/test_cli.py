@@ -41,6 +41,7 @@ MISTAKES = [ # what was typed, and what is named
     ([*SMOKE, '--clip', 'ViT-Q'], 'unknown CLIP'),
     ([*SMOKE, '--seed', '-1'], 'seed'),
     ([*SMOKE, '--methods', 'clip,magic'], 'magic'),
+    ([*SMOKE, '--split', 'words'], "'concept' or 'question'"),
     ([*SMOKE, '--descriptors', '2'], 'share of descriptors'),
     ([*SMOKE, '--descriptors', 'half'], 'numbers'),
     ([*SMOKE, '--seeds', '0'], 'seeds'),

@@ -40,9 +40,9 @@ VARIANTS = [name for name in STAGES if name.startswith('tuned_')]
 TRAINED = [name for name in STAGES if name not in VARIANTS]
 READERS = [name for name in TRAINED if STAGES[name].reads_questions]
 add_preset(
-    'protocol', 'smoke', world=dict(tasks=(30, 10, 12), scenes=(1000, 400, 500)),
-    multitask=dict(epochs=1), mnet_maml=dict(epochs=4), mnet_fomaml=dict(epochs=4),
-    hnet_maml=dict(epochs=1), cond_multitask=dict(epochs=2), cond_film=dict(epochs=1),
+    'protocol', 'smoke', world=dict(tasks=(30, 10, 12), scenes=(300, 200, 200)),
+    multitask=dict(epochs=2), mnet_maml=dict(epochs=4), mnet_fomaml=dict(epochs=4),
+    hnet_maml=dict(epochs=1), cond_multitask=dict(epochs=2), cond_film=dict(epochs=8),
     cond_hnet_maml=dict(epochs=1), cond_strong=dict(epochs=5), tuned=dict(epochs=1),
     weights=dict(steps=3), hnet_latents=dict(steps=2), hvae=dict(steps=8),
     hyperclip=dict(steps=6), hyperldm=dict(steps=8), regression=dict(steps=8),
@@ -52,7 +52,7 @@ add_preset(
 
 @pytest.fixture(scope='module')
 def run():
-    return reproduce('protocol', methods=('clip',)).run
+    return reproduce('protocol', methods=('clip',), world_seed=4).run
 
 
 def changed(run, **data):

@@ -33,11 +33,6 @@ def _heart():
     )
     return list(zip(x, -y/15.5)) # y grows downwards
 
-def _drop():
-    t = np.linspace(0, 2*np.pi, 80)
-    x = .9*np.sin(t)*np.sin(t/2)**1.3
-    return list(zip(x, -1.1*np.cos(t)))
-
 def _cross(w=.36):
     return [
         (-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w),
@@ -62,9 +57,7 @@ _OUTLINES = dict(
     cross=_cross(),
     ring=_corners(80, .95), # a hole is made later
     moon=_corners(80, .95), # a bite is taken later
-    hexagon=_corners(6, 1.05, start=0),
     arrow=_arrow(),
-    drop=_drop(),
 )
 
 # %% ../../nbs/data/04_drawing.ipynb #6bd393ff
@@ -80,13 +73,10 @@ def _stencil(pattern, n):
         return np.hypot(right, below) < .3*period
     if pattern == 'checkered':
         return (np.floor(1.25*x/period) + np.floor(1.25*y/period)) % 2 == 0
-    if pattern == 'wavy':
-        wave = .28*period*np.sin(2*np.pi*x/period/1.3)
-        return np.sin(2*np.pi*(y + wave)/period) > .25
     return np.zeros((n, n), bool) # plain
 
 # %% ../../nbs/data/04_drawing.ipynb #f0f2be2b
-_RADIUS = .22, .31, .41 # of a small, medium and large thing, in parts of its sprite
+_RADIUS = .25, .34, .43 # of a small, medium and large thing, in parts of its sprite
 _TILT = 14, 7, 0, -7, -14 # degrees
 
 def _shape_mask(shape, size, n):
@@ -120,7 +110,8 @@ def _sprite(shape, pattern, size, tilt, box):
     y, x = np.mgrid[:box, :box]/box
     light = (1.08 - .22*(x + y)/2)*(1 - .55*rim)
     blurred = _shrink(mask.filter(ImageFilter.GaussianBlur(.03*n)), box)
-    shadow = np.roll(blurred, max(1, box//20), (0, 1))
+    step = max(1, box//20)
+    shadow = np.pad(blurred, ((step, 0), (step, 0)))[:box, :box]
     return opacity, _shrink(stencil, box), light, shadow
 
 def _shrink(picture, box):
@@ -134,8 +125,8 @@ def _erode(mask, pixels):
     return mask
 
 # %% ../../nbs/data/04_drawing.ipynb #ba5f1d8f
-_PAINT = np.array(list(COLORS.values()), np.float32) # (12,3)
-_IS_LIGHT = _PAINT @ [[.3], [.59], [.11]] > 150 # (12,1)
+_PAINT = np.array(list(COLORS.values()), np.float32) # (10,3)
+_IS_LIGHT = _PAINT @ [[.3], [.59], [.11]] > 150 # (10,1)
 _INK = np.where(_IS_LIGHT, .45*_PAINT, .3*_PAINT + .7*255).astype(np.float32)
 _WALL = np.array(list(BACKGROUNDS.values()), np.float32) # (8,3)
 

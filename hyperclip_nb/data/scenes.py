@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'PATTERNS', 'SIZES', 'PLACES', 'BACKGROUNDS', 'ATTRIBUTES', 'SHAPE', 'COLOR', 'PATTERN', 'SIZE',
-           'PLACE', 'MAX_OBJECTS', 'Scenes', 'prior', 'sample_scenes']
+           'PLACE', 'MAX_OBJECTS', 'N_OBJECTS', 'Scenes', 'prior', 'sample_scenes']
 
 # %% ../../nbs/data/03_scenes.ipynb #b4c4fc9f
 from dataclasses import dataclass
@@ -12,26 +12,26 @@ import numpy as np
 
 # %% ../../nbs/data/03_scenes.ipynb #39f9b7ad
 SHAPES = [
-    'circle', 'square', 'triangle', 'star', 'heart', 'diamond',
-    'cross', 'ring', 'moon', 'hexagon', 'arrow', 'drop',
+    'circle', 'square', 'triangle', 'star', 'heart',
+    'diamond', 'cross', 'ring', 'moon', 'arrow',
 ]
 COLORS = dict(
     red=(220, 40, 45), orange=(245, 130, 30), yellow=(250, 210, 40),
-    green=(45, 160, 70), teal=(30, 160, 165), blue=(40, 90, 210),
-    purple=(130, 60, 175), pink=(240, 120, 180), brown=(125, 80, 45),
-    black=(40, 40, 45), gray=(135, 135, 140), white=(248, 248, 248),
+    green=(45, 160, 70), blue=(40, 90, 210), purple=(130, 60, 175),
+    pink=(240, 120, 180), brown=(125, 80, 45), black=(40, 40, 45),
+    white=(248, 248, 248),
 )
-PATTERNS = ['plain', 'striped', 'dotted', 'checkered', 'wavy']
+PATTERNS = ['plain', 'striped', 'dotted', 'checkered']
 SIZES = ['small', 'medium', 'large']
 PLACES = [
     'top left', 'top', 'top right',
     'left', 'center', 'right',
     'bottom left', 'bottom', 'bottom right',
 ]
-BACKGROUNDS = dict(
-    white=(243, 243, 240), gray=(203, 206, 210), pink=(250, 217, 226),
-    blue=(196, 220, 245), green=(202, 232, 202), yellow=(250, 240, 190),
-    purple=(222, 208, 240), orange=(250, 218, 188),
+BACKGROUNDS = dict( # pale, under names that things have as well
+    white=(243, 243, 240), pink=(250, 217, 226), blue=(196, 220, 245),
+    green=(202, 232, 202), yellow=(250, 240, 190), purple=(222, 208, 240),
+    orange=(250, 218, 188), brown=(214, 196, 172),
 )
 
 # %% ../../nbs/data/03_scenes.ipynb #8406b103
@@ -39,15 +39,16 @@ ATTRIBUTES = dict(
     shape=SHAPES, color=list(COLORS), pattern=PATTERNS, size=SIZES, place=PLACES,
 )
 SHAPE, COLOR, PATTERN, SIZE, PLACE = range(len(ATTRIBUTES)) # columns of a thing
-MAX_OBJECTS = 4 # things in a scene
+MAX_OBJECTS = 3 # things in a scene
+N_OBJECTS = 0., .5, .5 # how often there is one thing, two, three
 
 # %% ../../nbs/data/03_scenes.ipynb #43b74903
 @dataclass
 class Scenes:
     "Scenes as numbers; an index picks some of them"
-    objects:np.ndarray # five attributes of each thing (S,4,5); -1 where there is none
+    objects:np.ndarray # five attributes of each thing (S,3,5); -1 where there is none
     background:np.ndarray # position in `BACKGROUNDS` (S,)
-    pose:np.ndarray # shift to the right and down in [-1,1], and tilt, 0 to 4 (S,4,3)
+    pose:np.ndarray # shift to the right and down in [-1,1], and tilt, 0 to 4 (S,3,3)
 
     def __len__(self):
         return len(self.objects)
@@ -60,7 +61,7 @@ class Scenes:
 def prior(
     seed:int, # of the world
     skew:float, # standard deviation of the strongest likes; 0: all is equally likely
-)->dict: # name -> logits, (12,) for the shape and one row a value elsewhere
+)->dict: # name -> logits, (10,) for the shape and one row a value elsewhere
     "The likes of a world: how each attribute depends on another"
     rng = np.random.default_rng([seed, 1])
     n = {name: len(values) for name, values in ATTRIBUTES.items()}
@@ -102,9 +103,10 @@ def sample_scenes(
     n:int, # how many scenes
     rng:np.random.Generator, # of all draws
     likes:dict, # logits by name, from `prior`
+    n_objects:tuple=N_OBJECTS, # how often there is one thing, two, three
 )->Scenes:
     "Random scenes: a first thing by its shape, the others as its neighbours"
-    n_objects = rng.integers(1, MAX_OBJECTS + 1, n)
+    n_objects = 1 + rng.choice(MAX_OBJECTS, n, p=n_objects)
     objects = np.full((n, MAX_OBJECTS, len(ATTRIBUTES)), -1)
     taken = np.zeros((n, len(PLACES)), bool)
     first = _draw(_softmax(np.tile(likes['shape'], (n, 1))), rng)

@@ -7,6 +7,7 @@ __all__ = ['ASSETS', 'TINY', 'image_size', 'normalized', 'Clip', 'fingerprint', 
 
 # %% ../../nbs/vision/13_clip.ipynb #9132a874
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 import hyperclip_nb
 from ..data.files import digest, read_metadata
-from .tokenizer import tokenize
+from .tokenizer import tokenize, unknown_words
 
 # %% ../../nbs/vision/13_clip.ipynb #6fcd5759
 def image_size(
@@ -132,8 +133,16 @@ def _tiny_tokenizer():
     "Strings to numbers, by the words in the file of the shipped weights"
     words = json.loads(tiny_facts()['words'])
     def tokens(texts): # list of strings
+        _warn_unknown(texts, words)
         return tokenize(texts, words)
     return tokens
+
+def _warn_unknown(texts, words):
+    "Say which words mean nothing to it"
+    strange = unknown_words(texts, words)
+    if strange:
+        some = ', '.join(strange[:8]) + ', …'*(len(strange) > 8)
+        warnings.warn(f'the tiny CLIP was never taught these words: {some}')
 
 # %% ../../nbs/vision/13_clip.ipynb #78cddd1f
 def load_clip(

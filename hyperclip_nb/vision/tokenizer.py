@@ -10,17 +10,18 @@ import re
 import torch
 from torch import Tensor
 from ..data.scenes import ATTRIBUTES, BACKGROUNDS
-from ..data.questions import COUNTS, concepts, to_text
+from ..data.questions import COUNTS, SYNONYMS, concepts, to_text
 
 # %% ../../nbs/vision/12_tokenizer.ipynb #a24cf4c6
-N_TOKENS = 24 # length of a tokenized text
+N_TOKENS = 40 # length of a tokenized text
 START, UNKNOWN, END = 1, 2, 127 # marks; 0 is padding, and words begin at 3
 
 def split_words(
     text:str, # any text
-)->list: # of words without capitals
-    "The words of a text: runs of the letters a to z"
-    return re.findall('[a-z]+', text.lower())
+)->list: # of words without capitals, in the world's spelling
+    "The words of a text: runs of letters, of any script, or digits"
+    words = re.findall(r'\w+', text.lower())
+    return [SYNONYMS.get(word, word) for word in words]
 
 # %% ../../nbs/vision/12_tokenizer.ipynb #9f54783c
 def vocabulary(
@@ -33,6 +34,7 @@ def vocabulary(
         for concept in family:
             for wording in range(3):
                 texts += to_text(concept, wording)
+                texts += to_text(concept, wording, tells_question=True)
     words = set().union(*map(split_words, texts))
     return {word: 3 + i for i, word in enumerate(sorted(words))}
 
