@@ -28,7 +28,7 @@ from .cli_data import data_app
 
 # %% ../../nbs/command/68_cli.ipynb #ee975eeb
 _PresetName = Annotated[str, Option(
-    help='smoke (two minutes), default (the size of Meta-VQA, on two cores) '
+    help='smoke (a few minutes), default (the size of Meta-VQA, on two cores) '
          'or paper (sizes and rates of the paper, on a GPU)',
 )]
 _FirstSeed = Annotated[int, Option(
