@@ -123,6 +123,7 @@ def _known(writer):
     accuracy = writer.facts.get('accuracy')
     return dict(accuracy=accuracy) if accuracy else {}
 
+# %% ../../nbs/command/69_cli_ask.ipynb #390c4b4a
 def _print_reply(facts, as_json):
     "Print ranked answers, and what is known about them"
     if as_json:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'PATTERNS', 'SIZES', 'PLACES', 'BACKGROUNDS', 'ATTRIBUTES', 'SHAPE', 'COLOR', 'PATTERN', 'SIZE',
-           'PLACE', 'MAX_OBJECTS', 'N_OBJECTS', 'Scenes', 'prior', 'sample_scenes']
+           'PLACE', 'MAX_OBJECTS', 'N_OBJECTS', 'SKEW', 'Scenes', 'prior', 'sample_scenes']
 
 # %% ../../nbs/data/03_scenes.ipynb #b4c4fc9f
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ ATTRIBUTES = dict(
 SHAPE, COLOR, PATTERN, SIZE, PLACE = range(len(ATTRIBUTES)) # columns of a thing
 MAX_OBJECTS = 3 # things in a scene
 N_OBJECTS = 0., .5, .5 # how often there is one thing, two, three
+SKEW = .45 # how uneven the likes of a world are
 
 # %% ../../nbs/data/03_scenes.ipynb #43b74903
 @dataclass

@@ -11,7 +11,7 @@ import numpy as np
 from hyperclip_nb.data.questions import (
     Concept, concepts, possible_answers, to_text, true_answers,
 )
-from .scenes import N_OBJECTS, Scenes, prior, sample_scenes
+from .scenes import N_OBJECTS, SKEW, Scenes, prior, sample_scenes
 from .tasks import Task, compact_images, make_task
 
 # %% ../../nbs/data/07_world.ipynb #c7702af3
@@ -74,7 +74,7 @@ def make_world(
     scenes:tuple=(24_000, 6_000, 12_000), # how many each set of tasks may draw from
     split:str='concept', # 'concept': paraphrases stay together; 'question': they do not
     tells_question:bool=False, # do statements repeat the question?
-    skew:float=.45, # how uneven the likes are
+    skew:float=SKEW, # how uneven the likes are
     n_objects:tuple=N_OBJECTS, # how often there is one thing, two, three
 )->World:
     "The world of a seed: three sets of tasks, and no scene in two of them"

@@ -7,6 +7,7 @@ __all__ = ['SHIPPED', 'read_question', 'example_questions', 'draw_example', 'Wri
            'ask']
 
 # %% ../../nbs/writer/37_ask.ipynb #27e21183
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -17,7 +18,7 @@ from ..data.drawing import render
 from hyperclip_nb.data.questions import (
     EXTREMES, concepts, parse, possible_answers, to_text, true_answers,
 )
-from ..data.scenes import prior, sample_scenes
+from ..data.scenes import SKEW, prior, sample_scenes
 from ..data.statements import statement
 
 # %% ../../nbs/writer/37_ask.ipynb #df640503
@@ -66,7 +67,7 @@ def draw_example(
 )->tuple: # a PIL image; the right answer, or None where the question is not understood
     "Draw a fresh scene in which a question makes sense"
     rng = np.random.default_rng([seed, 5])
-    scenes = sample_scenes(5000, rng, prior(0, .45))
+    scenes = sample_scenes(5000, rng, prior(0, SKEW))
     concept = parse(question)
     if concept is None:
         return _picture(scenes, 0), None
@@ -109,18 +110,20 @@ class Writer:
         return self.sample(e, gamma, torch.Generator().manual_seed(seed))[0]
 
     def answer(self,
-        weights, # of a network (P,)
+        weights, # of networks (K,P)
         image, # PIL image
         prompt:str, # a statement with the gap `{}`
         answers:list, # strings that may fill it
-    )->list: # of (answer, probability), the likeliest first
-        "Let a network answer on an image"
+    )->list: # for each network a list of (answer, probability), the likeliest first
+        "Let networks answer on an image"
         statements = [prompt.replace('{}', answer) for answer in answers]
         x = self.clip.encode_image([image]) # (1,D)
         a = self.clip.encode_text(statements) # (A,D)
-        logits = self.adapter.logits(weights, _one_task(x, a))[0, 0] # (A,)
-        pairs = zip(logits.softmax(0).tolist(), answers)
-        return [(answer, p) for p, answer in sorted(pairs, reverse=True)]
+        logits = self.adapter.logits(weights, _one_task(x, a))[:, 0] # (K,A)
+        return [
+            [(answer, p) for p, answer in sorted(zip(ps, answers), reverse=True)]
+            for ps in logits.softmax(1).tolist()
+        ]
 
     def unknown_words(self,
         texts, # sentences
@@ -202,18 +205,25 @@ def ask(
     "Write a network from a question, and let it answer on an image"
     prompt, names = read_question(question, answers)
     model = model or load_model()
-    if weights is None:
-        weights = model.write(question, gamma, seed)
-
-    def best(W): # (P,)
-        return model.answer(W, image, prompt, names)[0][0]
-
     another = other_question(question)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # unknown words are in the reply
+        if weights is None:
+            weights = model.write(question, gamma, seed)
+        networks = [weights, 0*weights] # zeros change nothing in the image: plain CLIP
+        if another:
+            networks.append(model.write(another, gamma, seed))
+        ranked, plain, *other = model.answer(_stacked(networks), image, prompt, names)
     return Reply(
-        answers=model.answer(weights, image, prompt, names),
-        plain=best(weights*0), # a network of zeros changes nothing in the image
+        answers=ranked,
+        plain=plain[0][0],
         other_question=another,
-        other=another and best(model.write(another, gamma, seed)),
+        other=other[0][0][0] if other else None,
         unknown_words=model.unknown_words([question, *names]),
         weights=weights,
     )
+
+def _stacked(networks):
+    "Weights of some networks (P,) as one tensor (K,P)"
+    import torch
+    return torch.stack(networks)
