@@ -71,27 +71,28 @@ class ImageHeads(nn.Module):
         count = F.cross_entropy(self.count(x), there.sum(1) - 1)
         behind = F.cross_entropy(self.background(x), background)
         return (
-            2*pairs + 2*self._values_loss(x, objects) + .3*count + .3*behind
-            + self._local_loss(tokens, objects)
+            2*pairs + 2*_values_loss(self.values(x), objects) + .3*count + .3*behind
+            + _local_loss(self.local, tokens, objects)
         )
 
-    def _values_loss(self, x, objects):
-        "Which values there are, of whatever thing"
-        present = [
-            (objects[..., a, None] == torch.arange(n)).any(1) for a, n in enumerate(_N)
-        ]
-        target = torch.cat(present, 1).float() # (B, ΣN)
-        return F.binary_cross_entropy_with_logits(self.values(x), target)
+# %% ../../nbs/vision/14_heads.ipynb #0bdc3cb6
+def _values_loss(logits, objects): # (B,ΣN), (B,3,5)
+    "How badly logits say which values there are, of whatever thing"
+    present = [
+        (objects[..., a, None] == torch.arange(n)).any(1) for a, n in enumerate(_N)
+    ]
+    target = torch.cat(present, 1).float() # (B,ΣN)
+    return F.binary_cross_entropy_with_logits(logits, target)
 
-    def _local_loss(self, tokens, objects):
-        "What a thing is like, from the patches of its place"
-        n = int(tokens.shape[1]**.5)//3 # patches along a side of a place
-        cells = tokens.unflatten(1, (3, n, 3, n)).mean((2, 4)).flatten(1, 2) # (B,9,C)
-        rows, things = (objects[..., 0] >= 0).nonzero(as_tuple=True)
-        value = objects[rows, things] # (M,5)
-        read = self.local(cells[rows, value[:, PLACE]]).split(_N[:PLACE], 1)
-        costs = [F.cross_entropy(each, value[:, a]) for a, each in enumerate(read)]
-        return torch.stack(costs).mean()
+def _local_loss(read, tokens, objects): # a layer, (B,L,C), (B,3,5)
+    "How badly a layer reads what a thing is like from the patches of its place"
+    n = int(tokens.shape[1]**.5)//3 # patches along a side of a place
+    cells = tokens.unflatten(1, (3, n, 3, n)).mean((2, 4)).flatten(1, 2) # (B,9,C)
+    rows, things = (objects[..., 0] >= 0).nonzero(as_tuple=True)
+    value = objects[rows, things] # (M,5)
+    found = read(cells[rows, value[:, PLACE]]).split(_N[:PLACE], 1)
+    costs = [F.cross_entropy(each, value[:, a]) for a, each in enumerate(found)]
+    return torch.stack(costs).mean()
 
 # %% ../../nbs/vision/14_heads.ipynb #864c9e7e
 _ASKS, _SIDES = list(WORDINGS), ['', *SIDES, *EXTREMES]

@@ -153,10 +153,7 @@ class Examination:
 # %% ../../nbs/vision/16_tiny_clip.ipynb #89219c96
 class History:
     "What is read from CLIP in the course of its training: call it after each step"
-    def __init__(self,
-        every:int=100, # steps between two examinations
-    ):
-        self.every = every
+    def __init__(self):
         self.examine = Examination()
         self.percent = {} # step -> what `Examination` gives
 
@@ -165,7 +162,7 @@ class History:
         model, # of open_clip
         teacher:Teacher, # its heads
     ):
-        if step % self.every == 0:
+        if step % 100 == 0:
             self.percent[step] = self.examine(model, teacher)
 
 # %% ../../nbs/vision/16_tiny_clip.ipynb #44e49fb5
