@@ -210,7 +210,7 @@ def test_a_folder_without_a_whole_config_is_none(tmp_path):
 
 
 def test_presets_are_what_they_were():
-    """The table was written by the code that old results were made with.
+    """The table stands apart from the code: no preset changes without a word.
 
     In a process of its own: other tests and notebooks register stages."""
     program = 'import json; from hyperclip_nb.lab.stages import PRESETS, preset\n'

@@ -44,8 +44,10 @@ _MethodNames = Annotated[str, Option(
     show_default=False,
 )]
 _WorldSeed = Annotated[int, Option(min=0, help='seed of scenes and questions')]
-_Split = Annotated[str, Option(
-    help='concept: no paraphrase of a test question is trained; question: some are',
+_Split = Annotated[Optional[str], Option(
+    help='concept: no paraphrase of a test question is trained; question: some are '
+         '[default: concept]',
+    show_default=False,
 )]
 _Gammas = Annotated[str, Option(help='guidance scales')]
 _OutFolder = Annotated[Optional[Path], Option(
@@ -68,7 +70,7 @@ def reproduce(
     descriptors: _Shares = '1.0', # shares of tasks with a question, with commas
     methods: _MethodNames = '', # a group, or slugs with commas
     world_seed: _WorldSeed = 0, # of scenes and questions
-    split: _Split = 'concept', # of a world's tasks, or 'question'
+    split: _Split = None, # of a world's tasks; None: the preset's own
     gamma: _Gammas = '0,0.5,1,1.5,2,3,5', # guidance scales, with commas
     out: _OutFolder = None, # folder for what is computed; None: a name in runs/
     again: _Again = False, # whether to forget what the folder holds
@@ -84,7 +86,7 @@ def reproduce(
     gammas = parse_numbers(gamma)
     shares = parse_numbers(descriptors)
     device = pick_device(device)
-    out = out or _default_folder(preset, world_seed, seed, data)
+    out = out or _default_folder(preset, world_seed, split, seed, data)
     if preset == 'paper':
         show_plan(preset, 768, device)
     with progress_bars() as bars:
@@ -94,8 +96,7 @@ def reproduce(
             shares=shares,
             methods=_methods(methods, preset),
             gammas=gammas,
-            world_seed=world_seed,
-            split=split,
+            world_seed=world_seed, split=split,
             out=out,
             device=device,
             clip=clip,
@@ -108,9 +109,11 @@ def reproduce(
     _print_results(done, out)
 
 # %% ../../nbs/command/68_cli.ipynb #460f4e3c
-def _default_folder(preset, world_seed, seed, data):
+def _default_folder(preset, world_seed, split, seed, data):
     "Where results go if nobody says"
-    tasks = data.resolve().name if data else f'w{world_seed}'
+    tasks = f'w{world_seed}-{split}' if split else f'w{world_seed}'
+    if data:
+        tasks = data.resolve().name
     return Path('runs')/f'{preset}-{tasks}-s{seed}'
 
 def _methods(text, preset):
@@ -138,7 +141,8 @@ def _print_results(done, out):
         few_shot = few_shot.rename(columns=dict(few_shot='few-shot'))
         title = 'Accuracy (%) after adapting to the labelled images of the task'
         print_table(few_shot, title)
-    say(verdict(results))
+    if verdict(results):
+        say(verdict(results))
     say(
         f'Guidance scale chosen on validation tasks: {done.gamma}. Results, intervals, '
         f'figures and the trained HyperLDM are in {out}'

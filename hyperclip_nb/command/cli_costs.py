@@ -17,7 +17,7 @@ from hyperclip_nb.command.console import (
 _Preset = Annotated[str, Option(help='smoke, default or paper')]
 _Width = Annotated[int, Option(
     min=0,
-    help='width of CLIP [default: 768 for paper, 96 otherwise]',
+    help='width of CLIP [default: 768 for paper, that of the tiny one otherwise]',
     show_default=False,
 )]
 _Stages = Annotated[str, Option(
@@ -30,9 +30,14 @@ _Repeats = Annotated[int, Option(
 )]
 
 # %% ../../nbs/command/72_cli_costs.ipynb #ef0956cc
+def _tiny_width():
+    "The width of the tiny CLIP, as its configuration says"
+    from hyperclip_nb.vision.clip import ASSETS
+    return json.loads((ASSETS/'tiny-clip.json').read_text())['embed_dim']
+
 def _width(width, preset):
     "The width of CLIP: the one that was typed, or the one that fits a preset"
-    return width or (768 if preset == 'paper' else 96)
+    return width or (768 if preset == 'paper' else _tiny_width())
 
 def _check_preset(preset):
     from hyperclip_nb.lab.stages import PRESETS

@@ -127,7 +127,7 @@ def _check_names(names):
 # %% ../../nbs/lab/66_bench.ipynb #1f1ce8ba
 def bench(
     preset:str='default', # a key of `PRESETS`
-    width:int=96, # D, of CLIP
+    width:int=160, # D, of CLIP
     names=None, # of workloads; None: all
     repeats:int=5, # turns of each way that count; medians are taken
     device:str='cpu', # where it is done

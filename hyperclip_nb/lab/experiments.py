@@ -70,7 +70,7 @@ def reproduce(
     methods=ALL, # slugs
     gammas:tuple=(0., .5, 1., 1.5, 2., 3., 5.), # guidance scales
     world_seed:int=0, # of scenes and questions
-    split:str='concept', # of a world's tasks: by concept, or by question
+    split:str=None, # of a world's tasks: 'concept', 'question'; None: the preset's own
     out=None, # folder for all that is computed; None: nothing is kept
     device:str='cpu', # where it is computed
     clip:str='tiny', # the CLIP of a world: tiny, or MODEL:PRETRAINED
@@ -81,7 +81,9 @@ def reproduce(
 )->Experiment:
     "Run the grid, or what is missing of it"
     _check_grid(methods, gammas, shares)
-    settings = override(settings_of(preset), world=dict(split=split))
+    settings = settings_of(preset)
+    if split:
+        settings = override(settings, world=dict(split=split))
     run = Run(settings, preset, world_seed, out, device, clip, track, data)
     if out and overwrite:
         for name in 'stages', 'rows':

@@ -22,7 +22,7 @@ from ..writer.writer import save_hyperldm, save_tuned
 from .runs import Run
 from .stages import Models
 from .rows import SCORES
-from .stats import best_gamma, summary
+from .stats import best_gamma, find_rows, summary
 from .tables import table1, table4
 
 # %% ../../nbs/lab/48_reports.ipynb #f4368b46
@@ -158,17 +158,17 @@ def _save_writers(done, out):
         facts = _facts(done, models, 'hvae-hyperldm-tuned', gamma, samples=8)
         save_tuned(out/'hyperldm-tuned.safetensors', adapter, *parts, clip, **facts)
 
+# %% ../../nbs/lab/48_reports.ipynb #23f75a9b
 def _facts(done, models, slug, gamma, samples):
     "What a file of weights says about where it comes from, and how good it is"
     config = done.config
     source = {key: config[key] for key in ('world_seed', 'data') if key in config}
     names = dict(preset=config['preset'], clip_name=config['clip']['name'])
     about = dict(seed=models.seed, descriptors=models.share, gamma=gamma) | names
-    row = dict(method=slug, gamma=gamma, samples=samples, setting='zero-shot')
-    row |= dict(seed=models.seed, descriptors=models.share)
-    for found in done.rows:
-        if all(found[key] == value for key, value in row.items()):
-            about['accuracy'] = round(float(np.mean(found['test'])), 1)
+    row = dict(seed=models.seed, descriptors=models.share, gamma=gamma)
+    row |= dict(method=slug, samples=samples, setting='zero-shot')
+    for number in find_rows(done.rows, **row):
+        about['accuracy'] = round(float(np.mean(done.rows[number]['test'])), 1)
     return about | source
 
 # %% ../../nbs/lab/48_reports.ipynb #80b4d8d7
