@@ -272,7 +272,7 @@ def test_any_clip_from_files_to_a_table(
     assert f'"{test[0].question}" is left out' in err
     assert f'{len(lost)} cannot be read' in out
 
-    grid = '--methods', 'clip,multitask,hvae-hyperldm', '--gamma', '1.5'
+    grid = '--methods', 'clip,multitask,hvae-hyperldm-ours', '--gamma', '1.5'
     where = '--data', 'tasks', '--preset', 'tiny', '--out', 'run'
     code, out, err = hyperclip('reproduce', *where, *grid, *cpu)
     assert code == 0, err

@@ -20,6 +20,7 @@ from hyperclip_nb.base.adapt import adapt_all
 from hyperclip_nb.data.metavqa import split_valid, unseen_queries
 from hyperclip_nb.data.tasks import Task, has_descriptor
 from hyperclip_nb.generators.maml import HNet, split_batch, train_mnet_maml
+from hyperclip_nb.lab import rows as measuring
 from hyperclip_nb.lab import sampler_steps, sweeps
 from hyperclip_nb.lab.calibration_audit import calibration_error, confidences
 from hyperclip_nb.lab.curves import descriptor_figure, few_shot_figure, gamma_figure
@@ -28,7 +29,9 @@ from hyperclip_nb.lab.memory_audit import candidates, memory_audit
 from hyperclip_nb.lab.methods import METHODS, nearest_question
 from hyperclip_nb.lab.reports import Experiment
 from hyperclip_nb.lab.rows import evaluate_row, grid_rows, support_subset
-from hyperclip_nb.lab.stages import STAGES, STREAMS, Models, add_preset, preset
+from hyperclip_nb.lab.stages import (
+    STAGES, STREAMS, Models, add_preset, deviations, preset,
+)
 from hyperclip_nb.lab.stats import best_gamma, summary
 from hyperclip_nb.lab.tables import table1
 from hyperclip_nb.lab.text_audit import descriptions, text_audit
@@ -46,6 +49,8 @@ add_preset(
     cond_hnet_maml=dict(epochs=1), cond_strong=dict(epochs=5), tuned=dict(epochs=1),
     weights=dict(steps=3), hnet_latents=dict(steps=2), hvae=dict(steps=8),
     hyperclip=dict(steps=6), hyperldm=dict(steps=8), regression=dict(steps=8),
+    paper_weights=dict(steps=3), paper_hvae=dict(steps=8),
+    paper_hyperldm=dict(steps=8),
     few_shot=dict(steps=2), sampling=dict(steps=4),
 )
 
@@ -122,10 +127,11 @@ def test_validation_tasks_choose_and_do_not_teach(run, trained):
     other = changed(run, valid=with_wrong_labels(valid, valid.mask))
     base = Models(run, 0, SHARE)
     models = Models(other, 0, SHARE)
-    for name in 'multitask', 'hnet_maml': # what is adapted starts from these
+    for name in 'multitask', 'mnet_maml', 'hnet_maml': # adaptation starts from these
         other.parts[f'seed0-{name}'] = getattr(base, name)
     taught = ['weights', 'hnet_latents', 'hvae', 'hyperclip', 'hyperldm', 'ridge']
-    taught += ['hnet_hyperclip', 'hnet_hyperldm', 'regression']
+    taught += ['hnet_hyperclip', 'hnet_hyperldm', 'our_hyperclip', 'regression']
+    taught += ['paper_weights', 'paper_hvae', 'paper_hyperldm']
     found = {name: values_of(getattr(models, name)) for name in taught}
     assert not different(found, trained)
 
@@ -418,38 +424,53 @@ def test_few_steps_says_which_tasks_it_measured(run, monkeypatch):
 
 # numbers of the paper
 
-PAPER = [ # entry of the preset, its value, and where the paper has it
-    ('multitask', dict(epochs=300, lr=1e-4), 'Table 3'),
-    ('mnet_maml', dict(epochs=500, lr=3e-5, inner_lr=.01), 'Table 3'),
-    ('mnet_fomaml', dict(epochs=500, lr=3e-5, inner_lr=.01), 'Table 3'),
-    ('hnet_maml', dict(epochs=100, lr=3e-5, inner_lr=.1), 'Table 3'),
-    ('cond_multitask', dict(epochs=60, lr=1e-4), 'Table 3'),
-    ('cond_film', dict(epochs=300, lr=1e-4), 'Table 3'),
-    ('cond_hnet_maml', dict(epochs=200, lr=1e-5, inner_lr=.1), 'Table 3'),
-    ('weights', dict(steps=50, lr=.01), 'A.7.1'),
-    ('hnet_latents', dict(steps=50, lr=.1), 'A.7.2 and A.7.3'),
-    ('hvae', dict(latent=32, hidden=(256, 512)), 'A.2'),
-    ('hvae', dict(steps=2000*870//32, batch=32, lr=1e-4, clip=1000.), 'A.7.1'),
-    ('hyperclip', dict(hidden=256), 'A.2'),
-    ('hyperclip', dict(steps=600*870//64, batch=64, lr=3e-4), 'A.7.2'),
-    ('guidance', dict(hnet=dict(steps=10, lr=.1, penalty=.01)), 'A.7.2'),
-    ('guidance', dict(hvae=dict(steps=10, lr=.1, penalty=.01)), 'A.7.2'),
-    ('hyperldm', dict(hidden=(8192, 16384, 8192), kind='eps'), 'A.2 and Eq. 9'),
-    ('hyperldm', dict(steps=1000*870//128, batch=128, lr=2.5e-4), 'A.7.3'),
-    ('sampling', dict(steps=350), 'A.7.3'),
-    ('few_shot', dict(steps=50), 'A.8'),
-    ('adapter', dict(hidden=256, temperature=100.), 'A.2'),
-]
+def test_the_paper_preset_has_the_papers_numbers():
+    assert not len(deviations('paper'))
+    rates = dict(mnet_maml='weights', hnet_maml='latent', cond_hnet_maml='question')
+    for name in 'paper', 'paper-small': # A.8: each takes its counterpart's inner rate
+        settings = preset(name)
+        assert settings['few_shot']['steps'] == 50
+        for stage, kind in rates.items():
+            assert settings['few_shot'][kind] == settings[stage]['inner_lr']
 
 
-@pytest.mark.parametrize('entry, values, source', PAPER)
-def test_the_paper_preset_has_the_papers_numbers(entry, values, source):
-    found = preset('paper')[entry]
-    assert {name: found[name] for name in values} == values, source
+def test_small_presets_are_of_the_papers_kind():
+    for name in 'default', 'smoke', 'paper-small':
+        settings = preset(name)
+        assert settings['paper_hyperldm']['kind'] == 'eps' # Eq. 9
+        assert settings['paper_sampling'] == dict(sampler='ddpm', steps=350) # Eq. 8
+        assert settings['paper_hvae']['ce_weight'] == 0 # Algorithm 8
+        changed = set(deviations(name).number)
+        assert not changed & {'kind', 'sampler'}
 
 
-def test_adaptation_starts_where_the_paper_starts_it():
-    assert preset('paper')['start'] == 'mnet_maml' # A.7.1
+def test_what_the_paper_adapts_starts_at_maml(run): # A.7.1
+    models = Models(run, 0)
+    settings = models.settings['paper_weights'] | dict(lr=0.)
+    models = Models(changed(run), 0)
+    models.settings = models.settings | dict(paper_weights=settings)
+    assert torch.equal(models.paper_weights[0, 0], models.mnet_maml)
+
+
+def test_few_shot_rows_take_the_rate_of_what_they_adapt(run, monkeypatch):
+    seen = {}
+
+    def adapt(adapter, start, data, where, steps, lr, decode=None):
+        seen[slug].append(lr)
+        return start
+
+    monkeypatch.setattr(measuring, 'adapt_all', adapt)
+    models = Models(run, 0)
+    kinds = {
+        'clip': 'weights', 'multitask': 'weights', 'mnet-maml': 'weights',
+        'hnet-maml': 'latent', 'cond-multitask': 'question',
+        'cond-hnet-maml': 'question', 'hvae-hyperldm': 'weights',
+    }
+    for slug, kind in kinds.items():
+        seen[slug] = []
+        row = grid_rows(slug, 0, 1., (1.,), run.settings)[-1] | dict(gamma=None)
+        evaluate_row(models, row)
+        assert seen[slug] == [run.settings['few_shot'][kind]]*2, slug
 
 
 def defaults(function):

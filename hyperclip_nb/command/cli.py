@@ -28,8 +28,9 @@ from .cli_data import data_app
 
 # %% ../../nbs/command/68_cli.ipynb #ee975eeb
 _PresetName = Annotated[str, Option(
-    help='smoke (a few minutes), default (the size of Meta-VQA, on two cores) '
-         'or paper (sizes and rates of the paper, on a GPU)',
+    help='smoke (two minutes), default (the size of Meta-VQA, on two cores), '
+         'paper-small (the same, few-shot as in A.8) or paper (sizes and rates of the '
+         'paper, on a GPU)',
 )]
 _FirstSeed = Annotated[int, Option(
     min=0, help='first seed of everything that is trained',
@@ -39,8 +40,8 @@ _Shares = Annotated[str, Option(
     help='shares of the training tasks that come with their question',
 )]
 _MethodNames = Annotated[str, Option(
-    help='all, quick, ahead, ablation, or slugs with commas between them '
-         '[default: all; quick for smoke]',
+    help='all, quick, paper, ahead, ablation, or slugs with commas between '
+         'them [default: all; quick for smoke]',
     show_default=False,
 )]
 _WorldSeed = Annotated[int, Option(min=0, help='seed of scenes and questions')]
@@ -87,7 +88,7 @@ def reproduce(
     shares = parse_numbers(descriptors)
     device = pick_device(device)
     out = out or _default_folder(preset, world_seed, split, seed, data)
-    if preset == 'paper':
+    if preset == 'paper' and data:
         show_plan(preset, 768, device)
     with progress_bars() as bars:
         done = experiments.reproduce(
@@ -118,8 +119,10 @@ def _default_folder(preset, world_seed, split, seed, data):
 
 def _methods(text, preset):
     "The slugs of a group of methods, or those that were typed"
-    from hyperclip_nb.lab.methods import ABLATION, AHEAD, ALL, QUICK
-    groups = dict(all=ALL, quick=QUICK, ahead=AHEAD, ablation=ABLATION)
+    from hyperclip_nb.lab.methods import ABLATION, AHEAD, ALL, PAPER, QUICK
+    groups = dict(
+        all=ALL, quick=QUICK, paper=PAPER, ahead=AHEAD, ablation=ABLATION,
+    )
     if not text:
         text = 'quick' if preset == 'smoke' else 'all'
     return groups.get(text) or parse_names(text)
@@ -157,31 +160,29 @@ def _kind_of_tasks(done):
 
 # %% ../../nbs/command/68_cli.ipynb #e8a9c6b5
 _Heads = Annotated[bool, Option(help='do heads teach it to bind?')]
-_StartFile = Annotated[Optional[Path], Option(help='weights to go on from')]
 
 def train_clip(
     out: Annotated[Path, Option(help='file for the weights')], # of the tiny CLIP
-    steps: Annotated[int, Option(min=100)] = 3000, # of training
-    scenes: Annotated[int, Option(min=200)] = 60_000, # to learn from
+    steps: Annotated[int, Option(min=100)] = 6400, # of training
+    scenes: Annotated[int, Option(min=200)] = 100_000, # to learn from
     seed: Annotated[int, Option(min=0)] = 0, # of scenes and weights
     heads: _Heads = True, # to bind
-    start: _StartFile = None, # weights to go on from
-    lr: Annotated[float, Option(help='highest learning rate')] = 2e-3, # of AdamW
 ):
     "Train the tiny CLIP on what is said of scenes."
-    from hyperclip_nb.vision import tiny_clip
-    history = tiny_clip.History()
+    from hyperclip_nb.vision import lessons, tiny_clip
+    history, half = tiny_clip.History(), lessons.bfloat16_pays()
     with progress_bars() as bars:
         def progress(batches): # what is shown
             return tracker(bars)(batches, 'tiny CLIP')
         model = tiny_clip.train_tiny(
-            steps, scenes, lr=lr, with_heads=heads, start=start, seed=seed,
+            steps, scenes, with_heads=heads, half=half, seed=seed,
             progress=progress, watch=history,
         )
     clip = tiny_clip.wrap_tiny(model)
-    recall = tiny_clip.retrieval(clip.encode_image, clip.encode_text)
     facts = dict(
-        retrieval=recall, steps=steps, scenes=scenes, seed=seed, heads=heads, lr=lr,
+        retrieval=tiny_clip.retrieval(clip.encode_image, clip.encode_text),
+        probed=tiny_clip.probe_bindings(clip.encode_image),
+        steps=steps, scenes=scenes, seed=seed, heads=heads, bfloat16=half,
     )
     tiny_clip.save_tiny(model, out, **facts, history=history.percent)
     say(f'{out}: {facts}')

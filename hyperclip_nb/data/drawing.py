@@ -136,13 +136,14 @@ def render(
 )->np.ndarray: # (S,size,size,3), uint8
     "Draw scenes as square pictures"
     shade = np.linspace(1.03, .95, size, dtype=np.float32)[:, None, None]
-    rows = np.minimum(_WALL[scenes.background][:, None, None]*shade, 255)
-    pictures = np.repeat(rows, size, 2)
-    for picture, things, poses in zip(pictures, scenes.objects, scenes.pose):
-        for thing, pose in zip(things, poses):
+    pictures = np.empty((len(scenes), size, size, 3), np.uint8)
+    for i, color in enumerate(_WALL[scenes.background]):
+        picture = np.repeat(np.minimum(color*shade, 255), size, 1)
+        for thing, pose in zip(scenes.objects[i], scenes.pose[i]):
             if thing[0] >= 0:
                 _paste(picture, thing, pose)
-    return pictures.round().astype(np.uint8)
+        pictures[i] = picture.round()
+    return pictures
 
 # %% ../../nbs/data/04_drawing.ipynb #7bf146d7
 def _paste(picture, thing, pose):

@@ -14,7 +14,7 @@ from ..base.adapter import Adapter
 from ..generators.hvae import HVAE
 from ..language.hyperclip import HyperCLIP
 from ..language.noise_net import NoiseNet
-from .stages import PRESETS, STREAMS
+from .stages import PRESETS, STAGES, STREAMS
 from .timing import count_parameters, free_memory, seconds
 
 # %% ../../nbs/lab/62_costs.ipynb #d52d0cac
@@ -132,6 +132,7 @@ def _adapted_stages(preset, tasks, task):
     through_hypernet = 3*(task.forward(part) + latent.flops)
     table = dict(
         weights=(n_train, task.adapt_step(part), P),
+        paper_weights=(n_train, task.adapt_step(part), P),
         hnet_latents=(n_train, through_hypernet, latent.parameters),
         few_shot=(n_test, task.adapt_step(support), P),
     )
@@ -147,24 +148,24 @@ def _network_parameters(preset, task):
     "Of HVAE, of CLIP_H, and of noise networks, each stage of its own"
     D = task.width
     P = task.n_weights
-    hvae = preset['hvae']
-    layers = preset['hyperldm']['hidden']
-    hyperclip = count_parameters(HyperCLIP, P, D, preset['hyperclip']['hidden'])
-    return dict(
-        hvae=count_parameters(HVAE, P, hvae['latent'], hvae['hidden']),
-        hyperclip=hyperclip,
-        hnet_hyperclip=hyperclip,
-        hyperldm=count_parameters(NoiseNet, hvae['latent'], D, layers),
-        hnet_hyperldm=count_parameters(NoiseNet, 64, D, layers),
-    )
+    networks = {}
+    for hvae, ldm in ('paper_hvae', 'paper_hyperldm'), ('hvae', 'hyperldm'):
+        latent, hidden = preset[hvae]['latent'], preset[hvae]['hidden']
+        networks[hvae] = count_parameters(HVAE, P, latent, hidden)
+        networks[ldm] = count_parameters(NoiseNet, latent, D, preset[ldm]['hidden'])
+    layers = preset['paper_hyperldm']['hidden']
+    networks['hnet_hyperldm'] = count_parameters(NoiseNet, 64, D, layers)
+    reader = count_parameters(HyperCLIP, P, D, preset['hyperclip']['hidden'])
+    readers = 'hyperclip', 'hnet_hyperclip', 'our_hyperclip'
+    return networks | dict.fromkeys(readers, reader)
 
 def _network_stages(preset, task, networks):
     "Stages that learn from adapted weights (Algorithms 1, 8 and 13)"
     rows = {}
     for stage, n in networks.items():
-        settings = preset[stage.removeprefix('hnet_')]
+        settings = preset[STAGES[stage].settings]
         flops = 6*n
-        if stage == 'hvae' and settings['ce_weight'] > 0:
+        if stage.endswith('hvae') and settings['ce_weight'] > 0:
             flops += 3*task.forward(32)
         numbers = 10 if stage.endswith('ldm') else 7 # that Adam and a mean move
         batch_flops = settings['batch']*flops
@@ -174,15 +175,16 @@ def _network_stages(preset, task, networks):
     return rows | dict(regression=_Cost('step', steps, 6*128*n, 28*n, n))
 
 # %% ../../nbs/lab/62_costs.ipynb #cd6f2430
-def _sampling_stages(preset, tasks, task, noise_net):
-    "Stages that sample (Algorithm 14); a noise network has `noise_net` parameters"
+def _sampling_stages(preset, tasks, task, networks):
+    "Stages that sample (Algorithm 14), from networks with so many parameters"
     n_train, n_test = tasks
     direct = task.hypernet(task.width, 512)
-    steps = n_test*preset['sampling']['steps']
-    walk = 6*2*6*noise_net
-    tuned = noise_net + direct.parameters
+    steps = n_test*preset['paper_sampling']['steps']
+    papers, ours = networks['paper_hyperldm'], networks['hyperldm']
+    walk = 6*2*6*ours
+    tuned = ours + direct.parameters
     return dict(
-        sampling=_Cost('question step', steps, 4*noise_net, 0, noise_net),
+        sampling=_Cost('question step', steps, 4*papers, 0, papers),
         tuned=_Cost(
             unit='task step',
             units=preset['tuned']['epochs']*n_train,
@@ -208,19 +210,24 @@ def costs(
         _task_stages(preset, tasks[0], task)
         | _adapted_stages(preset, tasks, task)
         | _network_stages(preset, task, networks)
-        | _sampling_stages(preset, tasks, task, networks['hyperldm'])
+        | _sampling_stages(preset, tasks, task, networks)
     )
     by_seed = sorted(STREAMS, key=STREAMS.get)
     in_order = {stage: rows[stage] for stage in by_seed if stage in rows}
     return pd.DataFrame(in_order, _Cost._fields).T
 
 # %% ../../nbs/lab/62_costs.ipynb #0034d2d8
-_READS_WEIGHTS = 'weights', 'hvae', 'hyperclip', 'hyperldm', 'hnet_hyperclip', 'tuned'
+_READS_WEIGHTS = (
+    'paper_weights', 'paper_hvae', 'hyperclip', 'paper_hyperldm', 'hnet_hyperclip',
+    'weights', 'hvae', 'our_hyperclip', 'hyperldm', 'tuned',
+)
 _BYTES_HELD = dict( # of each parameter; 16: itself, its gradient, two moments
     sampling=4,
     weights=8,
+    paper_weights=8,
     few_shot=8,
     hyperldm=20,
+    paper_hyperldm=20,
     hnet_hyperldm=20,
     tuned=20,
     cond_strong=36, # five networks are kept at once

@@ -15,7 +15,7 @@ from .methods import predict_weights
 # %% ../../nbs/lab/60_ensembles.ipynb #6b82a0b6
 ENSEMBLES = { # team -> methods, each with all of its trainings
     'strong': ('cond-multitask-strong',),
-    'plain': ('hvae-hyperldm',),
+    'plain': ('hvae-hyperldm-ours',),
     'tuned': ('hvae-hyperldm-tuned',),
     'strong and tuned': ('cond-multitask-strong', 'hvae-hyperldm-tuned'),
 }

@@ -81,6 +81,7 @@ def reproduce(
 )->Experiment:
     "Run the grid, or what is missing of it"
     _check_grid(methods, gammas, shares)
+    _check_tasks(preset, data)
     settings = settings_of(preset)
     if split:
         settings = override(settings, world=dict(split=split))
@@ -118,11 +119,20 @@ def _jobs(run, seed, share, methods, gammas, say):
         rows += _job(models[method.whitened], slug, named, gammas, say)
     return rows
 
+def _check_tasks(preset, data):
+    "ValueError where the paper's sizes are asked for without the paper's tasks"
+    if preset == 'paper' and not data:
+        raise ValueError(
+            'the preset paper is for Meta-VQA: give its folder as data, which '
+            'hyperclip data build makes, or take the preset paper-small'
+        )
+
 def _check_grid(methods, gammas, shares):
     "ValueError where something is asked for that there is not"
     for slug in methods:
         if slug not in METHODS:
-            known = f'all, quick, ahead, ablation, or some of {", ".join(METHODS)}'
+            groups = 'all, quick, paper, ahead, ablation'
+            known = f'{groups}, or some of {", ".join(METHODS)}'
             raise ValueError(f'unknown method {slug!r}: use {known}')
     if not gammas:
         raise ValueError('give at least one guidance scale, such as 1.5')

@@ -16,9 +16,9 @@ from ..data.files import atomic_write
 from ..data.tasks import Task
 from ..data.scenes import Scenes
 from ..data.drawing import render
-from .methods import sample_weights
+from .methods import sample_ours
 from .experiments import Experiment
-from .curves import SHARED
+from .curves import GUIDED, SHARED
 from .curves import descriptor_figure, few_shot_figure, gamma_figure
 from .maps import infer, inference_figure, path_figure
 from .maps import question_figure
@@ -52,7 +52,7 @@ def _show_answers(ax, picture, said, right): # said: name -> answer; right: an a
 
 @torch.no_grad()
 def answer_figure(
-    experiment:Experiment, # with `multitask` and `hvae-hyperldm`
+    experiment:Experiment, # with `multitask` and `hvae-hyperldm-ours`
     rows:list, # numbers of test tasks
     n:int=5, # query images of each
 )->Figure:
@@ -60,7 +60,7 @@ def answer_figure(
     run = experiment.run
     test, models = run.data['test'], experiment.models()
     batch = test.batch(rows)
-    written = sample_weights(models, test.e, experiment.gamma)[rows]
+    written = sample_ours(models, test.e, experiment.gamma)[rows]
     networks = {'all tasks': models.multitask, 'written': written}
     guesses = {k: run.adapter.logits(W, batch).argmax(-1) for k, W in networks.items()}
     size = 1.75*n, 2.2*len(rows)
@@ -100,13 +100,13 @@ def _figures(experiment): # yields name and figure
     if run.world:
         largest = max(tasks, key=lambda task: len(task.pairs))
         yield 'task', task_figure(largest, run.world.scenes)
-    if methods & {'hvae-hyperldm', 'hnet-hyperldm'}:
+    if methods & set(GUIDED):
         yield 'gamma', gamma_figure(results)
     if len(experiment.config['shares']) > 1 and methods & set(SHARED):
         yield 'descriptors', descriptor_figure(results)
     if methods & {'clip', 'multitask', 'mnet-maml'}:
         yield 'few_shot', few_shot_figure(results)
-    if run.world and {'hvae-hyperldm', 'multitask'} <= methods:
+    if run.world and {'hvae-hyperldm-ours', 'multitask'} <= methods:
         spread = np.linspace(0, len(tasks) - 1, 4).round().astype(int)
         yield 'answers', answer_figure(experiment, spread.tolist())
     if 'hvae-hyperclip' in methods:

@@ -58,7 +58,8 @@ def infer(
     "Cosines of networks adapted to the test tasks with all test questions"
     models = experiment.models()
     test = experiment.run.data['test']
-    return task_similarity(models.hyperclip, models.own(test), test.e)
+    adapted = models.own(test, papers=True)
+    return task_similarity(models.hyperclip, adapted, test.e)
 
 def _label_blocks(ax, family, smallest=.03): # sorted families (T,); share with a name
     "Lines between families, and the names of the larger ones"
@@ -118,16 +119,17 @@ def path_figure(
     "Latents of training tasks, with guidance paths of some test questions"
     models = experiment.models()
     train, test = (experiment.run.data[part] for part in ('train', 'test'))
-    mu = models.hvae.encode(models.weights)[0].mean(1) # (T,Z)
+    hvae = models.paper_hvae
+    mu = hvae.encode(models.paper_weights)[0].mean(1) # (T,Z)
     learned, asked = families(train.tasks), families(test.tasks)
     plane = _widest_plane(mu, learned)
     def flat(z): # latents (...,Z) -> (...,2)
         return ((z - mu.mean(0))@plane.T).cpu().numpy()
     first = [int(np.flatnonzero(asked == name)[0]) for name in sorted(set(asked))]
     rows = first[:questions]
-    z0 = models.hvae.encode(models.multitask)[0].expand(len(rows), -1)
+    z0 = hvae.encode(models.mnet_maml)[0].expand(len(rows), -1)
     walk = dict(steps=150, lr=.05, penalty=0.)
-    paths = flat(guide(models.hyperclip, models.hvae.decode, z0, test.e[rows], **walk))
+    paths = flat(guide(models.hyperclip, hvae.decode, z0, test.e[rows], **walk))
     fig = _scatter(flat(mu), learned, 'Latents of adapted networks, and guided ways')
     ax = fig.axes[0]
     names = sorted(set(learned))

@@ -73,7 +73,8 @@ def candidates(
     latents = _store_latents(models, rng)
     latents['regression'] = models.regression(test.e)
     sampling = models.settings['sampling']
-    latents['HVAE + HyperLDM'] = models.hyperldm.sample(test.e, 1.5, rng, **sampling)
+    written = models.hyperldm.sample(test.e, 1.5, rng, **sampling)
+    latents['HVAE + HyperLDM, ours'] = written
     latents['adapted'] = models.hvae.encode(models.own(test))[0]
     networks = {name: models.hvae.decode(z) for name, z in latents.items()}
     tuned = predict_weights(models.run, models.seed, 'hvae-hyperldm-tuned', test.e)

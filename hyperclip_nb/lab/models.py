@@ -148,11 +148,13 @@ class Models:
 
     def own(self,
         tasks:TaskData, # of any part
+        papers:bool=False, # in the paper's way?
     )->Tensor: # (T,P)
-        "Weights adapted to each task's own support images, as `weights` are"
-        settings = self.settings['weights']
+        "Weights adapted to each task's own support images, as training tasks' are"
+        start = self.mnet_maml if papers else self.multitask
+        settings = self.settings['paper_weights' if papers else 'weights']
         steps, lr = settings['steps'], settings['lr']
-        return adapt_all(self.adapter, self.start, tasks, tasks.is_support, steps, lr)
+        return adapt_all(self.adapter, start, tasks, tasks.is_support, steps, lr)
 
 # %% ../../nbs/lab/41_models.ipynb #3e12e5ca
 def _trained(models, stage):

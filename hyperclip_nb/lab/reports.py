@@ -146,10 +146,10 @@ def _save_writers(done, out):
     "Write what `hyperclip ask` needs: HyperLDM of the first seed, plain and tuned"
     config, adapter = done.config, done.run.adapter
     clip = config['clip']['fingerprint']
-    if 'hvae-hyperldm' in config['methods']:
+    if 'hvae-hyperldm-ours' in config['methods']:
         models = done.models()
         parts = models.hvae, models.hyperldm
-        facts = _facts(done, models, 'hvae-hyperldm', done.gamma, samples=1)
+        facts = _facts(done, models, 'hvae-hyperldm-ours', done.gamma, samples=1)
         save_hyperldm(out/'hyperldm.safetensors', adapter, *parts, clip, **facts)
     if 'hvae-hyperldm-tuned' in config['methods']:
         models = done.models(white=True)

@@ -16,7 +16,7 @@ from .methods import ABLATION, METHODS
 
 # %% ../../nbs/lab/45_rows.ipynb #909cfbe1
 SHOTS = 1, 2, 4, 8, 16 # support images of the few-shot curve
-CURVE = 'clip', 'multitask', 'mnet-maml', 'hvae-hyperldm' # the methods that it shows
+CURVE = 'clip', 'multitask', 'mnet-maml', 'hvae-hyperldm-ours' # methods that it shows
 
 def grid_rows(
     slug:str, # of a method
@@ -111,7 +111,10 @@ def _weights(models, tasks, row):
     start = method.start(models, tasks, **varied)
     if row['setting'] == 'few-shot':
         images = support_subset(tasks, row['images'], models.seed)
-        settings = dict(decode=start.decode, **models.settings['few_shot'])
-        point = adapt_all(models.adapter, start.point, tasks, images, **settings)
+        settings = models.settings['few_shot']
+        descent = dict(steps=settings['steps'], lr=settings[start.kind])
+        point = adapt_all(
+            models.adapter, start.point, tasks, images, decode=start.decode, **descent,
+        )
         start = start._replace(point=point)
     return start.weights(len(tasks))

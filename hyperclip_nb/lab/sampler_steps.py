@@ -9,19 +9,16 @@ __all__ = ['few_steps', 'steps_table']
 import pandas as pd
 import torch
 from ..base.adapt import evaluate
-from ..language.ddpm import sample_ddim, sample_dpm
 from .runs import Run
 from .stages import Models
 
 # %% ../../nbs/lab/59_sampler_steps.ipynb #6d6c0145
-_SAMPLERS = dict(ddim=sample_ddim, dpm=sample_dpm)
-
 def _latents(ldm, e, gamma, sampler, steps, draws): # e (T,D) -> (draws,T,Z)
     "Latents of some questions, from the same noise for every sampler"
     latents = []
     for seed in range(draws):
         generator = torch.Generator().manual_seed(seed)
-        walk = dict(sampler=_SAMPLERS[sampler], steps=steps)
+        walk = dict(sampler=sampler, steps=steps)
         latents.append(ldm.sample(e, gamma, generator, **walk))
     return torch.stack(latents)
 
@@ -42,7 +39,7 @@ def few_steps(
 )->pd.DataFrame: # a row for each sampler, number of steps and seed
     "Distance from the walk of 350 steps, and accuracy on validation and test tasks"
     walks = [('ddim', 350)]
-    for sampler in _SAMPLERS:
+    for sampler in ('ddim', 'dpm'):
         walks += [(sampler, steps) for steps in (1, 2, 4, 6, 8, 12, 25, 50)]
     rows = []
     for seed in run.each(seeds):

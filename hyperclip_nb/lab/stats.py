@@ -17,7 +17,9 @@ def best_gamma(
 )->float|None: # None where no row has one
     "The scale above 0 that serves validation tasks best, for one sample of HyperLDM"
     rows = pd.DataFrame(results['rows']).assign(valid=results['valid'].mean(1))
-    hyperldm = rows.method == 'hvae-hyperldm'
+    hyperldm = rows.method == 'hvae-hyperldm-ours'
+    if not hyperldm.any():
+        hyperldm = rows.method == 'hvae-hyperldm' # the paper's
     rows = rows[hyperldm & (rows.setting == 'zero-shot') & (rows.samples == 1)]
     if not len(rows):
         return None

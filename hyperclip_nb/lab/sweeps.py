@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from ..base.adapt import evaluate
 from ..language.guidance import hyperclip_score
-from ..language.ddpm import sample_ddim, sample_ddpm, sample_dpm
+from ..language.ddpm import sample_by_name
 from ..language.cfg import autoguided, classifier_free
 from ..language.cfg import classifier_guided, guidance_interval
 from .runs import Run
@@ -30,7 +30,7 @@ def _with_hyperclip(models, e, plain, eta): # e (B,D); plain: a model of (z,t)
     direct = models.tuned.direct(e)
     def log_p(z): # noisy latents (B,Z)
         W = hvae.decode(ldm.mean + ldm.std*z) + direct
-        return 30*hyperclip_score(models.hyperclip, W, e)
+        return 30*hyperclip_score(models.our_hyperclip, W, e)
     return classifier_guided(plain, log_p, eta, ldm.schedule, ldm.kind)
 
 def guided(
@@ -53,13 +53,6 @@ def guided(
     return plain
 
 # %% ../../nbs/lab/58_sweeps.ipynb #054b24c3
-def _walk(ldm, model, noise, sampler, steps, generator): # noise (B,Z) -> (B,Z)
-    "From noise to scaled latents"
-    if sampler == 'ddpm':
-        return sample_ddpm(model, noise, ldm.schedule, ldm.kind, generator)
-    sample = dict(ddim=sample_ddim, dpm=sample_dpm)[sampler]
-    return sample(model, noise, ldm.schedule, ldm.kind, steps)
-
 @torch.no_grad()
 def sample_ensemble(
     models:Models, # of one seed, on whitened questions
@@ -79,7 +72,8 @@ def sample_ensemble(
     e = repeat(e, 't d -> (t k) d', k=samples)
     noise = torch.randn(len(e), len(ldm.mean), generator=generator).to(e.device)
     model = guided(models, e, guide, gamma, eta)
-    z = ldm.mean + ldm.std*_walk(ldm, model, noise, sampler, steps, generator)
+    walk = ldm.schedule, ldm.kind, steps, generator
+    z = ldm.mean + ldm.std*sample_by_name(sampler, model, noise, *walk)
     z = rearrange(z, '(t k) z -> t k z', k=samples)
     if mean == 'latents':
         return hvae.decode(z.mean(1)) + direct

@@ -57,7 +57,7 @@ def descriptions(
 
 # %% ../../nbs/lab/55_text_audit.ipynb #2ed3b332
 AUDITED = ( # methods of one vector a task
-    'cond-multitask', 'cond-multitask-strong', 'hnet-hyperldm', 'hvae-hyperldm',
+    'cond-multitask', 'cond-multitask-strong', 'hvae-hyperldm', 'hvae-hyperldm-ours',
     'hvae-hyperldm-tuned',
 )
 

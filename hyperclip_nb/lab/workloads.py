@@ -16,7 +16,7 @@ from ..data.batches import Features, TaskData, all_texts, sample_batch
 from ..base.adapter import Adapter
 from ..base.adapt import adapt_all, evaluate
 from ..generators.maml import HNet, maml_loss
-from ..language.ddpm import linear_schedule, sample_dpm
+from ..language.ddpm import linear_schedule
 from ..language.hyperldm import HyperLDM
 from .stages import PRESETS
 from hyperclip_nb.lab.plain import (
@@ -211,7 +211,7 @@ def sampling(setup:Setup)->Workload: # what it works on
     e = setup.data.e
 
     def ours():
-        ldm.sample(e, 1.5, rng, sampler=sample_dpm, steps=steps)
+        ldm.sample(e, 1.5, rng, sampler='dpm', steps=steps)
 
     def plain():
         schedule = linear_schedule(plain_steps).to(setup.device)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Schedule', 'linear_schedule', 'add_noise', 'posterior', 'v_target', 'split_prediction', 'diffusion_loss',
-           'sample_ddpm', 'timesteps', 'sample_ddim', 'sample_dpm']
+           'sample_ddpm', 'timesteps', 'sample_ddim', 'sample_dpm', 'sample_by_name']
 
 # %% ../../nbs/language/29_ddpm.ipynb #868985ef
 import torch
@@ -214,3 +214,24 @@ def sample_dpm(
         x0_before, h_before = x0, h
     x0, _, _ = _guess(model, x, visit[-1], schedule, kind)
     return x0
+
+# %% ../../nbs/language/29_ddpm.ipynb #dd0aa5c6
+def sample_by_name(
+    sampler:str, # 'ddpm', 'ddim' or 'dpm'
+    model, # the network: model(x, t) gives a prediction shaped like x; t is (B,), long
+    x:Tensor, # standard normal noise to start from (B,...)
+    schedule:Schedule, # how much noise each step adds
+    kind:str, # what the network predicts: 'eps' or 'v'
+    steps:int, # evaluations of the network; of ddpm all
+    generator:torch.Generator=None, # source of the fresh noise of ddpm
+)->Tensor: # samples, shaped like x
+    "Noise to data by the sampler of a name"
+    if sampler == 'ddpm':
+        if steps != len(schedule):
+            problem = f'ddpm walks all {len(schedule)} steps, not {steps}'
+            raise ValueError(f'{problem}: ddim and dpm take fewer')
+        return sample_ddpm(model, x, schedule, kind, generator)
+    samplers = dict(ddim=sample_ddim, dpm=sample_dpm)
+    if sampler not in samplers:
+        raise ValueError(f'unknown sampler {sampler!r}: use ddpm, ddim or dpm')
+    return samplers[sampler](model, x, schedule, kind, steps)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from ..base.training import fit, one_cycle
 from ..generators.hvae import reparameterize
-from .ddpm import diffusion_loss, linear_schedule, sample_ddim
+from .ddpm import diffusion_loss, linear_schedule
+from .ddpm import sample_by_name
 from .cfg import classifier_free, classifier_guided
 from .noise_net import NoiseNet
 
@@ -38,14 +39,16 @@ class HyperLDM(nn.Module):
         e:Tensor, # task embeddings (B,D)
         gamma:float, # guidance scale; 0 ignores the question, above 1 exaggerates it
         steps:int=25, # steps of the sampler
-        sampler=sample_ddim, # `sample_ddim` or `sample_dpm`
+        sampler:str='ddim', # ddpm (Eq. 8, all 350 steps), ddim or dpm
+        generator:torch.Generator=None, # of the fresh noise of ddpm
         log_p=None, # a classifier of latents (B,Z): log p(e|z) (B,)
         eta:float=0., # weight of the classifier
         recompute:bool=False, # compute each step again for its gradient, to save memory
     )->Tensor: # latents (B,Z); without `log_p`, gradients flow
         "From noise to latents, guided by Eq. 10 and, with `log_p`, by Eq. 11 too"
         model = _guided_model(self, e, gamma, log_p, eta, recompute)
-        z = sampler(model, z, self.schedule, self.kind, steps)
+        walk = self.schedule, self.kind, steps, generator
+        z = sample_by_name(sampler, model, z, *walk)
         return self.mean + self.std*z
 
     @torch.no_grad()
@@ -57,7 +60,8 @@ class HyperLDM(nn.Module):
     )->Tensor: # latents (B,Z)
         "Algorithm 14: one latent for each question, denoised from fresh noise"
         noise = torch.randn(len(e), len(self.mean), generator=generator)
-        return self.denoise(noise.to(e.device), e, gamma, **options)
+        noise = noise.to(e.device)
+        return self.denoise(noise, e, gamma, generator=generator, **options)
 
 # %% ../../nbs/language/32_hyperldm.ipynb #bf00cea2
 def _guided_model(ldm, e, gamma, log_p, eta, recompute):

@@ -26,25 +26,15 @@ def time_embedding(
 
 # %% ../../nbs/language/31_noise_net.ipynb #9005430a
 class Block(nn.Module):
-    "A residual layer that reads a condition and weighs its own channels"
+    "A residual layer that reads a condition"
     def __init__(self,
         n_in:int, # width of its input
         n_out:int, # width of its output
         n_cond:int, # width of the condition
     ):
         super().__init__()
-        self.main = nn.Sequential(
-            nn.Linear(n_in + n_cond, n_out),
-            nn.LayerNorm(n_out),
-            nn.SiLU(),
-            nn.Linear(n_out, n_out),
-        )
-        self.gate = nn.Sequential(
-            nn.Linear(n_out, n_out//4),
-            nn.ReLU(),
-            nn.Linear(n_out//4, n_out),
-            nn.Sigmoid(),
-        )
+        self.linear = nn.Linear(n_in + n_cond, n_out)
+        self.norm = nn.LayerNorm(n_out)
         self.shortcut = nn.Identity()
         if n_in != n_out:
             self.shortcut = nn.Linear(n_in, n_out, bias=False)
@@ -53,18 +43,15 @@ class Block(nn.Module):
         h:Tensor, # its input (B,n_in)
         cond:Tensor, # the question and the step (B,n_cond)
     )->Tensor: # (B,n_out)
-        "What came in, plus a change whose channels are weighed"
-        first = self.main[0](torch.cat([h, cond], 1))
-        return self.after_first(h, first)
+        "What came in, plus a change"
+        return self.after_linear(h, self.linear(torch.cat([h, cond], 1)))
 
-    def after_first(self,
+    def after_linear(self,
         h:Tensor, # its input (B,n_in)
-        first:Tensor, # what its first layer makes of input and condition (B,n_out)
+        product:Tensor, # what its layer makes of input and condition (B,n_out)
     )->Tensor: # (B,n_out)
-        "All that follows the first layer, which alone reads the condition"
-        _, norm, activation, last = self.main
-        change = last(activation(norm(first)))
-        return self.shortcut(h) + self.gate(change)*change
+        "All that follows the layer, which alone reads the condition"
+        return self.shortcut(h) + F.relu(self.norm(product))
 
 # %% ../../nbs/language/31_noise_net.ipynb #be1dd962
 def _init_weights(net, generator):
@@ -125,7 +112,7 @@ class NoiseNet(nn.Module):
         e:Tensor, # task embeddings (B,D)
     ): # model(z, t) -> (B,Z); t is (B,), or one step expanded to it
         "The network for fixed questions: what they add to each layer is computed once"
-        layers = [_fix_question(block.main[0], e) for block in self.blocks]
+        layers = [_fix_question(block.linear, e) for block in self.blocks]
         out = _fix_question(self.out, e)
 
         def model(
@@ -134,7 +121,7 @@ class NoiseNet(nn.Module):
         ): # (B,Z)
             time = time_embedding(t[:1] if t.stride(0) == 0 else t).to(e)
             for block, layer in zip(self.blocks, layers):
-                z = block.after_first(z, layer(z, time))
+                z = block.after_linear(z, layer(z, time))
             return out(z, time)
 
         return model

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import OneCycleLR
-from ..data.files import read_tensors, write_tensors
+from ..data.files import write_tensors
 from ..data.scenes import ATTRIBUTES, BACKGROUNDS
 from ..data.drawing import render
 from .tokenizer import tokenize, vocabulary
@@ -40,13 +40,13 @@ def _optimizer(modules, lr, steps):
 
 # %% ../../nbs/vision/16_tiny_clip.ipynb #639e486d
 def train_tiny(
-    steps:int=3000, # steps of training
-    scenes:int=60_000, # scenes to learn from
+    steps:int=6400, # steps of training
+    scenes:int=100_000, # scenes to learn from
     batch:int=128, # images in a step
     texts:tuple=(64, 128, 40), # captions, claims and questions of a lesson
     lr:float=2e-3, # highest learning rate
     with_heads:bool=True, # False: from texts alone
-    start=None, # file of weights to go on from; None: random ones
+    half:bool=False, # do the encoders compute in bfloat16?
     seed:int=0, # of scenes, texts, first weights and batches
     progress=lambda steps: steps, # wraps the steps, to show how far it is
     watch=lambda step, model, teacher: None, # is called after each step
@@ -56,8 +56,6 @@ def train_tiny(
     open_clip.add_model_config(ASSETS/'tiny-clip.json')
     torch.manual_seed(seed)
     model = open_clip.create_model('tiny-clip').train()
-    if start:
-        _load_weights(model, start)
     teacher = Teacher(model)
     words, rng = vocabulary(), np.random.default_rng([seed, 4])
     drawn = training_scenes(scenes, seed)
@@ -68,7 +66,7 @@ def train_tiny(
         rows = rng.integers(scenes, size=batch)
         lesson = make_lesson(drawn[rows], texts, words, rng)
         x = normalized(model, pixels[rows])
-        loss = lesson_loss(model, teacher, x, lesson, with_heads)
+        loss = lesson_loss(model, teacher, x, lesson, with_heads, half)
         optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(every, 1.)
@@ -78,12 +76,6 @@ def train_tiny(
             model.logit_scale.clamp_(0, np.log(100))
         watch(step + 1, model, teacher)
     return model.eval()
-
-# %% ../../nbs/vision/16_tiny_clip.ipynb #3642fefd
-def _load_weights(model, path):
-    "Put the weights of a file of `save_tiny` into a model"
-    tensors, _ = read_tensors(path)
-    model.load_state_dict(tensors) # into full precision
 
 # %% ../../nbs/vision/16_tiny_clip.ipynb #f9c07a0a
 def full_description(

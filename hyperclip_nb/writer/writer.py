@@ -21,7 +21,7 @@ from ..language.tuning import TunedLDM
 def _sizes(adapter, hvae, ldm, extra):
     "What has to be known to build the same modules again"
     linear = [m.out_features for m in hvae.decoder if isinstance(m, nn.Linear)]
-    blocks = [block.main[0].out_features for block in ldm.net.blocks]
+    blocks = [block.linear.out_features for block in ldm.net.blocks]
     return dict(
         width=adapter.width,
         hidden=adapter.hidden,
