@@ -50,7 +50,10 @@ _Split = Annotated[Optional[str], Option(
          '[default: concept]',
     show_default=False,
 )]
-_Gammas = Annotated[str, Option(help='guidance scales')]
+_Gammas = Annotated[str, Option(
+    help='guidance scales [default: 0,0.5,1,1.5,2,3,5; 0,1,2 for smoke]',
+    show_default=False,
+)]
 _OutFolder = Annotated[Optional[Path], Option(
     help='folder for all that is computed '
          '[default: runs/PRESET-wWORLD-sSEED, or runs/PRESET-DATA-sSEED]',
@@ -72,7 +75,7 @@ def reproduce(
     methods: _MethodNames = '', # a group, or slugs with commas
     world_seed: _WorldSeed = 0, # of scenes and questions
     split: _Split = None, # of a world's tasks; None: the preset's own
-    gamma: _Gammas = '0,0.5,1,1.5,2,3,5', # guidance scales, with commas
+    gamma: _Gammas = '', # guidance scales, with commas; '': those of the preset
     out: _OutFolder = None, # folder for what is computed; None: a name in runs/
     again: _Again = False, # whether to forget what the folder holds
     device: Device = 'auto', # where to compute
@@ -84,7 +87,8 @@ def reproduce(
     that was stopped goes on where it was.
     """
     from hyperclip_nb.lab import experiments, figures
-    gammas = parse_numbers(gamma)
+    usual = '0,1,2' if preset == 'smoke' else '0,0.5,1,1.5,2,3,5'
+    gammas = parse_numbers(gamma or usual)
     shares = parse_numbers(descriptors)
     device = pick_device(device)
     out = out or _default_folder(preset, world_seed, split, seed, data)

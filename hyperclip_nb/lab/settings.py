@@ -36,7 +36,7 @@ setting( # training, validation and test tasks; scenes that each set may show; s
     default=dict(
         tasks=(870, 100, 373), scenes=(24_000, 6_000, 12_000), split='concept',
     ),
-    smoke=dict(tasks=(600, 80, 150), scenes=(4_000, 1_500, 2_500)),
+    smoke=dict(tasks=(870, 80, 150), scenes=(4_000, 1_500, 2_500)),
 )
 setting( # the base network
     'adapter',
@@ -60,6 +60,7 @@ setting( # steps on the support images of a test task; rate by what is adapted (
     smoke=dict(steps=40, weights=6.),
     paper=dict(steps=50, weights=.01, latent=.1, question=.1),
 )
+setting('shots', default=(1, 2, 4, 8, 16), smoke=()) # images of the few-shot curve
 setting('whitening', default=dict(eps=.05))
 
 # %% ../../nbs/lab/38_settings.ipynb #0c0c9d02

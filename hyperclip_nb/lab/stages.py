@@ -41,8 +41,8 @@ def _untrained_hypernet(models):
 
 @stage(
     seed=1,
-    default=dict(epochs=15, lr=1e-3),
-    smoke=dict(epochs=10),
+    default=dict(epochs=30, lr=1e-3),
+    smoke=dict(epochs=20),
     paper=dict(epochs=60, lr=1e-4),
     untrained=_untrained_hypernet,
     reads_questions=True,
@@ -225,8 +225,8 @@ def _untrained_cond_strong(models):
 
 @stage(
     seed=18,
-    default=dict(epochs=14, lr=1e-3),
-    smoke=dict(epochs=4),
+    default=dict(epochs=24, lr=1e-3),
+    smoke=dict(epochs=12),
     paper=dict(epochs=60, lr=1e-4),
     untrained=_untrained_cond_strong,
     reads_questions=True,
@@ -245,8 +245,8 @@ def _untrained_tuned(models):
 
 @stage(
     seed=20,
-    default=dict(epochs=12, lr=1e-3, keep=0., decoder=False),
-    smoke=dict(epochs=5),
+    default=dict(epochs=24, lr=1e-3, keep=0., decoder=False),
+    smoke=dict(epochs=14),
     paper=dict(epochs=8, lr=1e-4, recompute=True),
     untrained=_untrained_tuned,
     reads_questions=True,

@@ -21,7 +21,7 @@ stream('few_shot', 17)
 # %% ../../nbs/lab/42_unconditional.ipynb #95dc0088
 @stage(
     seed=0,
-    default=dict(epochs=12, lr=.05),
+    default=dict(epochs=15, lr=.05),
     smoke=dict(epochs=10),
     paper=dict(epochs=300, lr=1e-4),
 )
@@ -77,8 +77,8 @@ def paper_weights(models, **settings): # parts it needs; the settings above
 
 @stage(
     seed=2,
-    default=dict(splits=3, steps=100, lr=3.),
-    smoke=dict(splits=2, steps=40, lr=6.),
+    default=dict(splits=2, steps=100, lr=3.),
+    smoke=dict(steps=25, lr=6.),
     paper=dict(steps=100, lr=.03),
 )
 def weights(models, **settings): # parts it needs; the settings above
@@ -139,7 +139,7 @@ def paper_hvae(models, **settings): # parts it needs; the settings above
         latent=64, hidden=(256, 256), steps=800, batch=64, lr=1e-3,
         kl_weight=4e-3, ce_weight=4.,
     ),
-    smoke=dict(steps=300),
+    smoke=dict(steps=200),
     paper=dict(
         hidden=(256, 512), steps=2000*870//32, batch=32, lr=1e-4, clip=1000.,
     ),
