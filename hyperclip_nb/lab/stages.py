@@ -245,7 +245,7 @@ def _untrained_tuned(models):
 
 @stage(
     seed=20,
-    default=dict(epochs=24, lr=1e-3, keep=0., decoder=False),
+    default=dict(epochs=24, lr=2e-3, keep=0., decoder=False),
     smoke=dict(epochs=14),
     paper=dict(epochs=8, lr=1e-4, recompute=True),
     untrained=_untrained_tuned,
