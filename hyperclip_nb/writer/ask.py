@@ -16,7 +16,7 @@ from PIL import Image
 import hyperclip_nb
 from ..data.drawing import render
 from hyperclip_nb.data.questions import (
-    EXTREMES, concepts, parse, possible_answers, to_text, true_answers,
+    concepts, parse, possible_answers, to_text, true_answers,
 )
 from ..data.scenes import SKEW, prior, sample_scenes
 from ..data.statements import statement
@@ -164,24 +164,18 @@ def _check_clip(path, expected, fingerprint):
 def other_question(
     question:str, # in words
 ): # a string; None where the question is not understood
-    "A question of the same family about another thing"
+    "A question with the same answers about another thing, drawn by lot for each"
     concept = parse(question)
     if concept is None:
         return None
-    alike = [
+    others = [
         other
         for family in concepts().values() for other in family
-        if _kind(other) == _kind(concept) and other != concept
+        if other.ask == concept.ask and other != concept
+        and not set(other.where) & set(concept.where)
     ]
-    if not alike:
-        return None
-    nearest = max(alike, key=lambda c: len(set(c.where) & set(concept.where)))
-    return to_text(nearest)[0]
-
-def _kind(concept):
-    "What is asked, and in which way the thing is described"
-    side = 'extreme' if concept.side in EXTREMES else concept.side
-    return concept.ask, side, [attribute for attribute, _ in concept.where]
+    rng = np.random.default_rng(list(to_text(concept)[0].encode()))
+    return to_text(others[rng.integers(len(others))])[0]
 
 # %% ../../nbs/writer/37_ask.ipynb #2ed3ef08
 class Reply(NamedTuple):
