@@ -17,7 +17,6 @@ from ..data.tasks import Task
 from ..data.scenes import Scenes
 from ..data.drawing import render
 from .methods import sample_ours
-from .rows import CURVE
 from .experiments import Experiment
 from .curves import GUIDED, SHARED
 from .curves import descriptor_figure, few_shot_figure, gamma_figure
@@ -105,7 +104,7 @@ def _figures(experiment): # yields name and figure
         yield 'gamma', gamma_figure(results)
     if len(experiment.config['shares']) > 1 and methods & set(SHARED):
         yield 'descriptors', descriptor_figure(results)
-    if methods & set(CURVE) and run.settings['shots']:
+    if methods & {'clip', 'multitask', 'mnet-maml'} and run.settings['shots']:
         yield 'few_shot', few_shot_figure(results)
     if run.world and {'hvae-hyperldm-ours', 'multitask'} <= methods:
         spread = np.linspace(0, len(tasks) - 1, 4).round().astype(int)
