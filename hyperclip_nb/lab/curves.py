@@ -16,7 +16,7 @@ from .stats import summary
 # %% ../../nbs/lab/52_curves.ipynb #6ecf944a
 _SLUGS = (
     'hvae-hyperldm', 'cond-multitask', 'hnet-hyperldm', 'multitask', 'clip',
-    'cond-film', 'mnet-maml', 'cond-hnet-maml', 'hvae-hyperldm-ours',
+    'hvae-hyperldm-ours', 'mnet-maml', 'cond-hnet-maml', 'cond-film',
     'hvae-hyperldm-tuned',
 )
 GUIDED = 'hvae-hyperldm', 'hnet-hyperldm', 'hvae-hyperldm-ours', 'hvae-hyperldm-tuned'
