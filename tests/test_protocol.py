@@ -29,6 +29,7 @@ from hyperclip_nb.lab.memory_audit import candidates, memory_audit
 from hyperclip_nb.lab.methods import METHODS, nearest_question
 from hyperclip_nb.lab.reports import Experiment
 from hyperclip_nb.lab.rows import evaluate_row, grid_rows, support_subset
+from hyperclip_nb.lab.settings import FROM_PAPER
 from hyperclip_nb.lab.stages import (
     STAGES, STREAMS, Models, add_preset, deviations, preset,
 )
@@ -373,8 +374,9 @@ def test_gamma_is_chosen_on_validation_tasks_among_those_that_read():
     assert best_gamma(results) == 3.
     results['test'] = results['test'][::-1]
     assert best_gamma(results) == 3.
-    names = table1(results_with(GRID)).method.tolist()
-    assert 'HVAE + HyperLDM, γ = 3' in names and 'HVAE + HyperLDM, γ = 5' not in names
+    table = table1(results_with(GRID)).set_index('method')['paper 100%']
+    assert 'HVAE + HyperLDM, γ = 3' in table and 'HVAE + HyperLDM, γ = 5' not in table
+    assert table['HVAE + HyperLDM, γ = 1.5'].startswith('55.10') # the paper's own
 
 
 def test_an_experiment_chooses_gamma_as_its_results_do(run):
@@ -424,10 +426,54 @@ def test_few_steps_says_which_tasks_it_measured(run, monkeypatch):
 
 # numbers of the paper
 
-def test_the_paper_preset_has_the_papers_numbers():
+PAPER = [ # entry of the preset, its value, and where the paper has it
+    ('multitask', dict(epochs=300, lr=1e-4), 'Table 3'),
+    ('mnet_maml', dict(epochs=500, lr=3e-5, inner_lr=.01), 'Table 3'),
+    ('mnet_fomaml', dict(epochs=500, lr=3e-5, inner_lr=.01), 'Table 3'),
+    ('hnet_maml', dict(epochs=100, lr=3e-5, inner_lr=.1), 'Table 3'),
+    ('cond_multitask', dict(epochs=60, lr=1e-4), 'Table 3'),
+    ('cond_film', dict(epochs=300, lr=1e-4), 'Table 3'),
+    ('cond_hnet_maml', dict(epochs=200, lr=1e-5, inner_lr=.1), 'Table 3'),
+    ('paper_weights', dict(steps=50, lr=.01), 'A.7.1'),
+    ('hnet_latents', dict(steps=50, lr=.1), 'A.7.2 and A.7.3'),
+    ('paper_hvae', dict(latent=32, hidden=(256, 512)), 'A.2'),
+    ('paper_hvae', dict(steps=2000*870//32, batch=32, lr=1e-4, clip=1000.), 'A.7.1'),
+    ('hyperclip', dict(hidden=256), 'A.2'),
+    ('hyperclip', dict(steps=600*870//64, batch=64, lr=3e-4), 'A.7.2'),
+    ('guidance', dict(hnet=dict(steps=10, lr=.1, penalty=.01)), 'A.7.2'),
+    ('guidance', dict(hvae=dict(steps=10, lr=.1, penalty=.01)), 'A.7.2'),
+    ('paper_hyperldm', dict(hidden=(8192, 16384, 8192), kind='eps'), 'A.2 and Eq. 9'),
+    ('paper_hyperldm', dict(steps=1000*870//128, batch=128, lr=2.5e-4), 'A.7.3'),
+    ('paper_sampling', dict(sampler='ddpm', steps=350), 'Eq. 8 and A.7.3'),
+    ('few_shot', dict(steps=50, weights=.01, latent=.1, question=.1), 'A.8'),
+    ('adapter', dict(hidden=256, temperature=100.), 'A.2'),
+]
+
+
+@pytest.mark.parametrize('entry, values, source', PAPER)
+def test_the_paper_preset_has_the_papers_numbers(entry, values, source):
+    found = preset('paper')[entry]
+    assert {name: found[name] for name in values} == values, source
+
+
+def test_the_table_in_the_code_holds_the_same_numbers():
+    def flat(table):
+        "(entry, name) -> value"
+        return {
+            (entry, name): value
+            for entry, values, _ in table for name, value in values.items()
+        }
+
+    assert flat(FROM_PAPER) == flat(PAPER)
     assert not len(deviations('paper'))
+    add_preset('hasty', 'paper', multitask=dict(epochs=3))
+    line, = deviations('hasty').itertuples(index=False)
+    assert tuple(line) == ('multitask', 'epochs', 300, 3, 'Table 3')
+
+
+def test_few_shot_rates_are_those_of_the_counterparts(): # A.8
     rates = dict(mnet_maml='weights', hnet_maml='latent', cond_hnet_maml='question')
-    for name in 'paper', 'paper-small': # A.8: each takes its counterpart's inner rate
+    for name in 'paper', 'paper-small':
         settings = preset(name)
         assert settings['few_shot']['steps'] == 50
         for stage, kind in rates.items():

@@ -1,5 +1,6 @@
 """What writes networks comes back from its file as it was; a file that is something
 else is refused in one line, and nothing half-written is left behind."""
+import copy
 import json
 import os
 
@@ -51,6 +52,16 @@ def is_refused(path, reason):
     assert '\n' not in message and 'hyperclip reproduce' in message
 
 
+def in_half(module):
+    "A copy with its tensors rounded to half precision, as a file has them"
+    other = copy.deepcopy(module)
+    for x in other.state_dict().values():
+        near = x.half().float()
+        torch.testing.assert_close(near, x, atol=1e-3, rtol=1e-3)
+        x.copy_(near)
+    return other
+
+
 @pytest.mark.parametrize('kind', ['v', 'eps'])
 def test_round_trip(tmp_path, kind):
     hvae, ldm = untrained(kind)
@@ -60,13 +71,10 @@ def test_round_trip(tmp_path, kind):
     assert adapter2 == adapter and ldm2.kind == kind
     assert facts == dict(clip='abc', gamma=1.5)
     e = torch.randn(4, D, generator=seed(100))
-    z = torch.randn(4, len(ldm.mean), generator=seed(0))
-    t = torch.full((4,), 100)
-    near = dict(atol=.05, rtol=.05) # half precision
-    torch.testing.assert_close(ldm2.net(z, t, e), ldm.net(z, t, e), **near)
-    torch.testing.assert_close(hvae2.decode(z), hvae.decode(z), **near)
-    torch.testing.assert_close(ldm2.std, ldm.std, **near)
-    assert ldm2.sample(e, 1.5, seed(0)).shape == (4, len(ldm.mean))
+    hvae, ldm = in_half(hvae), in_half(ldm)
+    W = hvae.decode(ldm.sample(e, 1.5, seed(0)))
+    W2 = hvae2.decode(ldm2.sample(e, 1.5, seed(0)))
+    torch.testing.assert_close(W2, W)
     with safe_open(path, 'pt') as file: # the encoder has done its work
         assert not any('encoder' in name for name in file.keys())
 
