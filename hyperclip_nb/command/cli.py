@@ -50,7 +50,7 @@ _Split = Annotated[Optional[str], Option(
          '[default: concept]',
     show_default=False,
 )]
-_Gammas = Annotated[str, Option(
+_Gammas = Annotated[Optional[str], Option(
     help='guidance scales [default: 0,0.5,1,1.5,2,3,5; 0,1,2 for smoke]',
     show_default=False,
 )]
@@ -75,7 +75,7 @@ def reproduce(
     methods: _MethodNames = '', # a group, or slugs with commas
     world_seed: _WorldSeed = 0, # of scenes and questions
     split: _Split = None, # of a world's tasks; None: the preset's own
-    gamma: _Gammas = '', # guidance scales, with commas; '': those of the preset
+    gamma: _Gammas = None, # guidance scales, with commas; None: those of the preset
     out: _OutFolder = None, # folder for what is computed; None: a name in runs/
     again: _Again = False, # whether to forget what the folder holds
     device: Device = 'auto', # where to compute
@@ -87,8 +87,7 @@ def reproduce(
     that was stopped goes on where it was.
     """
     from hyperclip_nb.lab import experiments, figures
-    usual = '0,1,2' if preset == 'smoke' else '0,0.5,1,1.5,2,3,5'
-    gammas = parse_numbers(gamma or usual)
+    gammas = parse_numbers(gamma) if gamma is not None else None
     shares = parse_numbers(descriptors)
     device = pick_device(device)
     out = out or _default_folder(preset, world_seed, split, seed, data)
@@ -123,9 +122,9 @@ def _default_folder(preset, world_seed, split, seed, data):
 
 def _methods(text, preset):
     "The slugs of a group of methods, or those that were typed"
-    from hyperclip_nb.lab.methods import ABLATION, AHEAD, ALL, PAPER, QUICK
+    from hyperclip_nb.lab.methods import ABLATION, AHEAD, ALL, PAPER_ROWS, QUICK
     groups = dict(
-        all=ALL, quick=QUICK, paper=PAPER, ahead=AHEAD, ablation=ABLATION,
+        all=ALL, quick=QUICK, paper=PAPER_ROWS, ahead=AHEAD, ablation=ABLATION,
     )
     if not text:
         text = 'quick' if preset == 'smoke' else 'all'

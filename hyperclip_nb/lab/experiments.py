@@ -68,7 +68,7 @@ def reproduce(
     seeds=(0,), # of everything that is trained
     shares=(1.,), # of the training tasks whose question may be read
     methods=ALL, # slugs
-    gammas:tuple=(0., .5, 1., 1.5, 2., 3., 5.), # guidance scales
+    gammas:tuple=None, # guidance scales; None: the preset's own
     world_seed:int=0, # of scenes and questions
     split:str=None, # of a world's tasks: 'concept', 'question'; None: the preset's own
     out=None, # folder for all that is computed; None: nothing is kept
@@ -80,9 +80,11 @@ def reproduce(
     data=None, # folder of tasks and features, instead of a world
 )->Experiment:
     "Run the grid, or what is missing of it"
-    _check_grid(methods, gammas, shares)
     _check_tasks(preset, data)
     settings = settings_of(preset)
+    if gammas is None:
+        gammas = settings['gammas']
+    _check_grid(methods, gammas, shares)
     if split:
         settings = override(settings, world=dict(split=split))
     run = Run(settings, preset, world_seed, out, device, clip, track, data)

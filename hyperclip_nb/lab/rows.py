@@ -22,7 +22,7 @@ def grid_rows(
     seed:int, # of everything that is trained
     share:float, # of training tasks whose question may be read
     gammas:tuple, # guidance scales that were asked for
-    settings:dict, # as `preset` gives them; of these the pairs of double guidance
+    settings:dict, # as `preset` gives them
 )->list: # of dicts
     "The rows of a method for one seed and one share"
     row = dict(

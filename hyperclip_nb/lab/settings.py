@@ -60,6 +60,11 @@ setting( # steps on the support images of a test task; rate by what is adapted (
     smoke=dict(steps=40, weights=6.),
     paper=dict(steps=50, weights=.01, latent=.1, question=.1),
 )
+setting( # guidance scales of rows, where none are asked for
+    'gammas',
+    default=(0., .5, 1., 1.5, 2., 3., 5.),
+    smoke=(0., 1., 2.),
+)
 setting('shots', default=(1, 2, 4, 8, 16), smoke=()) # images of the few-shot curve
 setting('whitening', default=dict(eps=.05))
 

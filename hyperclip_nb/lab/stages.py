@@ -22,8 +22,9 @@ from hyperclip_nb.language.baselines import (
     ResidualHyperNet, Ridge, fit_ridge, train_regression, train_residual_hypernet,
 )
 from ..language.tuning import TunedLDM, tune
-from .settings import PRESETS, add_preset, deviations, override
-from .settings import preset
+from hyperclip_nb.lab.settings import (
+    PRESETS, add_preset, deviations, override, preset,
+)
 from hyperclip_nb.lab.models import (
     STAGES, STREAMS, Models, stage, stage_rng, variant,
 )
@@ -88,37 +89,25 @@ def _untrained_hyperclip(models):
     hidden = models.settings['hyperclip']['hidden']
     return HyperCLIP(models.adapter.n_weights, models.adapter.width, hidden)
 
+_READER = dict(untrained=_untrained_hyperclip, reads_questions=True, bf16=True)
+
 @stage(
     seed=12,
     default=dict(hidden=256, steps=600, batch=64, lr=3e-4),
     smoke=dict(steps=200),
     paper=dict(steps=600*870//64, noise=0.),
-    untrained=_untrained_hyperclip,
-    reads_questions=True,
-    bf16=True,
+    **_READER,
 )
 def hyperclip(models, **settings): # parts it needs; the settings above
     "Adapted weights and questions, embedded side by side (Algorithm 1)"
     return train_hyperclip(models.paper_weights, models.train.e, **settings)[0]
 
-@stage(
-    seed=13,
-    settings='hyperclip',
-    untrained=_untrained_hyperclip,
-    reads_questions=True,
-    bf16=True,
-)
+@stage(seed=13, settings='hyperclip', **_READER)
 def hnet_hyperclip(models, **settings): # parts it needs; the settings above
     "The same for the weights of the hypernetwork"
     return train_hyperclip(models.hnet_weights, models.train.e, **settings)[0]
 
-@stage(
-    seed=24,
-    settings='hyperclip',
-    untrained=_untrained_hyperclip,
-    reads_questions=True,
-    bf16=True,
-)
+@stage(seed=24, settings='hyperclip', **_READER)
 def our_hyperclip(models, **settings): # parts it needs; the settings above
     "The same for our weights"
     return train_hyperclip(models.weights, models.train.e, **settings)[0]

@@ -133,6 +133,7 @@ def paper_hvae(models, **settings): # parts it needs; the settings above
     weights = models.paper_weights
     return train_hvae(models.adapter, weights, models.train, **settings)[0]
 
+# %% ../../nbs/lab/42_unconditional.ipynb #22977394
 @stage(
     seed=3,
     default=dict(
