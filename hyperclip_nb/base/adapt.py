@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..data.batches import TaskBatch, TaskData, buckets
+from ..data.batches import TaskBatch, TaskData, buckets, side_by_side
 from .adapter import Adapter
 
 # %% ../../nbs/base/20_adapt.ipynb #d17f6ec4
@@ -201,10 +201,14 @@ def adapt_all(
     most = chunk_size(adapter, data.device)
     if decode: # a hypernetwork is read once for a bucket
         most = 128
-    for task_ids in buckets(mask.sum(1).numpy(), most=most):
+
+    def adapt_bucket(task_ids): # (n,)
         start = v if v.ndim == 1 else v[task_ids]
         batch = data.batch(task_ids, mask=mask)
         out[task_ids] = adapt(adapter, start, batch, steps, lr, decode)
+
+    groups = buckets(mask.sum(1).numpy(), most=most)
+    list(side_by_side(adapt_bucket, groups, data.device)) # until all are done
     return out
 
 # %% ../../nbs/base/20_adapt.ipynb #f4fd2dda

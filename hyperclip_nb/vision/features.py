@@ -9,7 +9,7 @@ __all__ = ['encode_tasks', 'encode_world']
 from pathlib import Path
 import torch
 from ..data.files import digest, load_checked, write_tensors
-from ..data.batches import Features, all_texts
+from ..data.batches import Features, all_texts, side_by_side
 from ..data.drawing import render
 from ..data.world import World
 from .clip import Clip
@@ -18,7 +18,7 @@ from .clip import Clip
 def encode_tasks(
     clip:Clip, # frozen encoders
     tasks:dict, # part -> list of `Task`
-    images, # iterable of batches of images, in the order of their numbers
+    images, # iterable of features (n,D) of images, in the order of their numbers
     path=None, # file that keeps the features
 )->Features:
     "Features of all images and texts of some tasks, from `path` where it has them"
@@ -29,7 +29,7 @@ def encode_tasks(
     if path and Path(path).exists():
         tensors, _ = load_checked(path, **made_for)
         return Features(**tensors, texts=texts)
-    x = torch.cat([clip.encode_image(batch).cpu() for batch in images])
+    x = torch.cat(list(images))
     t = clip.encode_text(texts).cpu()
     if path:
         write_tensors(path, dict(image=x, text=t), made_for)
@@ -43,7 +43,14 @@ def encode_world(
     progress=lambda batches: batches, # wraps the batches, to show how far it is
 )->Features:
     "`encode_tasks` for an embedded world, drawing the scenes as it goes"
-    def drawn():
-        for start in progress(range(0, len(world.scenes), 256)):
-            yield render(world.scenes[start:start+256])
-    return encode_tasks(clip, world.tasks, drawn(), path)
+    starts = range(0, len(world.scenes), 256)
+
+    def encode(start): # number of a scene -> features of 256 scenes from there (n,D)
+        return clip.encode_image(render(world.scenes[start:start+256])).cpu()
+
+    def images():
+        encoded = side_by_side(encode, starts, clip.device)
+        for _ in progress(starts):
+            yield next(encoded)
+
+    return encode_tasks(clip, world.tasks, images(), path)
