@@ -8,6 +8,7 @@ import pytest
 root = Path(__file__).parent.parent
 FLOORS = [
     'data', 'vision', 'base', 'generators', 'language', 'writer', 'lab', 'command',
+    'paper',
 ]
 MAX_LINES = 220  # lines of code in a module
 notebooks = sorted((root/'nbs').glob('*/[0-9]*.ipynb'))
