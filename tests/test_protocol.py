@@ -20,18 +20,19 @@ from hyperclip_nb.base.adapt import adapt_all
 from hyperclip_nb.data.metavqa import split_valid, unseen_queries
 from hyperclip_nb.data.tasks import Task, has_descriptor
 from hyperclip_nb.generators.maml import HNet, split_batch, train_mnet_maml
+from hyperclip_nb.lab import models as lab_models
 from hyperclip_nb.lab import rows as measuring
 from hyperclip_nb.lab import sampler_steps, sweeps
 from hyperclip_nb.lab.calibration_audit import calibration_error, confidences
 from hyperclip_nb.lab.curves import descriptor_figure, few_shot_figure, gamma_figure
 from hyperclip_nb.lab.experiments import reproduce
 from hyperclip_nb.lab.memory_audit import candidates, memory_audit
-from hyperclip_nb.lab.methods import METHODS, nearest_question
+from hyperclip_nb.lab.methods import ABLATION, ALL, METHODS, nearest_question
 from hyperclip_nb.lab.reports import Experiment
 from hyperclip_nb.lab.rows import evaluate_row, grid_rows, support_subset
 from hyperclip_nb.lab.settings import FROM_PAPER
 from hyperclip_nb.lab.stages import (
-    STAGES, STREAMS, Models, add_preset, deviations, preset,
+    STAGES, STREAMS, Models, add_preset, deviations, preset, with_needs,
 )
 from hyperclip_nb.lab.stats import best_gamma, summary
 from hyperclip_nb.lab.tables import table1
@@ -446,7 +447,9 @@ PAPER = [ # entry of the preset, its value, and where the paper has it
     ('paper_hyperldm', dict(steps=1000*870//128, batch=128, lr=2.5e-4), 'A.7.3'),
     ('paper_sampling', dict(sampler='ddpm', steps=350), 'Eq. 8 and A.7.3'),
     ('few_shot', dict(steps=50, weights=.01, latent=.1, question=.1), 'A.8'),
-    ('adapter', dict(hidden=256, temperature=100.), 'A.2'),
+    ('adapter', dict(hidden=256), 'A.2'),
+    ('paper_hvae', dict(schedule='constant'), 'A.7.1'),
+    ('paper_hyperldm', dict(schedule='constant'), 'A.7.3'),
 ]
 
 
@@ -488,6 +491,38 @@ def test_small_presets_are_of_the_papers_kind():
         assert settings['paper_hvae']['ce_weight'] == 0 # Algorithm 8
         changed = set(deviations(name).number)
         assert not changed & {'kind', 'sampler'}
+    assert 'schedule' not in set(deviations('paper-small').number)
+    assert preset('paper-small')['hyperclip']['noise'] == 0 # Algorithm 1
+
+
+def test_what_a_method_needs_is_what_it_asks_for(run, monkeypatch):
+    "What `plan` counts is what would be trained"
+    asked = {}
+    asking = []
+    really = lab_models._trained
+
+    def trained(models, stage):
+        name = stage.train.__name__
+        asked[asking[-1]].add(name)
+        asked.setdefault(name, set())
+        asking.append(name)
+        part = really(models, stage)
+        asking.pop()
+        return part
+
+    monkeypatch.setattr(lab_models, '_trained', trained)
+    run = changed(run)
+    for slug in ALL + ABLATION:
+        asked[f'row {slug}'] = set()
+        asking.append(f'row {slug}')
+        models = Models(run, 0, SHARE, METHODS[slug].whitened)
+        with torch.no_grad():
+            METHODS[slug].start(models, models.valid).weights(len(models.valid))
+        asking.pop()
+    for name, parts in asked.items():
+        row = METHODS.get(name.removeprefix('row '))
+        written = STAGES[name].needs if name in STAGES else row.needs
+        assert set(with_needs(parts)) == set(with_needs(written)), name
 
 
 def test_what_the_paper_adapts_starts_at_maml(run): # A.7.1

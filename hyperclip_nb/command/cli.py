@@ -16,42 +16,31 @@ from typing import Annotated, Optional
 import typer
 from typer import Option
 from hyperclip_nb.command.console import (
-    Device, parse_names, parse_numbers, pick_device, print_table, progress_bars, say,
-    tracker,
+    DataFolder, Device, Gammas, MethodNames, Seeds, Shares, method_slugs, parse_numbers,
+    pick_device, print_table, progress_bars, say, tracker,
 )
 from .cli_ask import ask_command
 from hyperclip_nb.command.cli_audits import (
     audit_app, ensemble, laboratory, sampler_steps,
 )
-from .cli_costs import bench, plan, show_plan, threads
+from hyperclip_nb.command.cli_costs import (
+    bench, data_sizes, plan, planned_work, show_plan, threads,
+)
 from .cli_data import data_app
 
 # %% ../../nbs/command/68_cli.ipynb #ee975eeb
 _PresetName = Annotated[str, Option(
     help='smoke (two minutes), default (the size of Meta-VQA, on two cores), '
-         'paper-small (the same, few-shot as in A.8) or paper (sizes and rates of the '
-         'paper, on a GPU)',
+         'paper-small (the recipe of the paper at that size) or paper (its own sizes, '
+         'on a GPU)',
 )]
 _FirstSeed = Annotated[int, Option(
     min=0, help='first seed of everything that is trained',
-)]
-_Seeds = Annotated[int, Option(min=1, help='how many seeds')]
-_Shares = Annotated[str, Option(
-    help='shares of the training tasks that come with their question',
-)]
-_MethodNames = Annotated[str, Option(
-    help='all, quick, paper, ahead, ablation, or slugs with commas between '
-         'them [default: all; quick for smoke]',
-    show_default=False,
 )]
 _WorldSeed = Annotated[int, Option(min=0, help='seed of scenes and questions')]
 _Split = Annotated[Optional[str], Option(
     help='concept: no paraphrase of a test question is trained; question: some are '
          '[default: concept]',
-    show_default=False,
-)]
-_Gammas = Annotated[Optional[str], Option(
-    help='guidance scales [default: 0,0.5,1,1.5,2,3,5; 0,1,2 for smoke]',
     show_default=False,
 )]
 _OutFolder = Annotated[Optional[Path], Option(
@@ -62,25 +51,23 @@ _Again = Annotated[bool, Option(
     '--again', help='train and measure anew what the folder already holds',
 )]
 _ClipName = Annotated[str, Option(help='tiny, or MODEL:PRETRAINED of open_clip')]
-_DataFolder = Annotated[Optional[Path], Option(
-    help='folder of tasks and features, as hyperclip data makes it, instead of a world',
-)]
+
 
 # %% ../../nbs/command/68_cli.ipynb #c1612493
 def reproduce(
     preset: _PresetName = 'default', # sizes, rates and numbers of steps
     seed: _FirstSeed = 0, # of what is trained
-    seeds: _Seeds = 1, # how many, from `seed` on
-    descriptors: _Shares = '1.0', # shares of tasks with a question, with commas
-    methods: _MethodNames = '', # a group, or slugs with commas
+    seeds: Seeds = 1, # how many, from `seed` on
+    descriptors: Shares = '1.0', # shares of tasks with a question, with commas
+    methods: MethodNames = '', # a group, or slugs with commas
     world_seed: _WorldSeed = 0, # of scenes and questions
     split: _Split = None, # of a world's tasks; None: the preset's own
-    gamma: _Gammas = None, # guidance scales, with commas; None: those of the preset
+    gamma: Gammas = None, # guidance scales, with commas; None: those of the preset
     out: _OutFolder = None, # folder for what is computed; None: a name in runs/
     again: _Again = False, # whether to forget what the folder holds
     device: Device = 'auto', # where to compute
     clip: _ClipName = 'tiny', # what makes the features of a world
-    data: _DataFolder = None, # tasks and features; None: a world is made
+    data: DataFolder = None, # tasks and features; None: a world is made
 ):
     """
     Make a world, train every method on it, and print the table of accuracies. A run
@@ -92,13 +79,14 @@ def reproduce(
     device = pick_device(device)
     out = out or _default_folder(preset, world_seed, split, seed, data)
     if preset == 'paper' and data:
-        show_plan(preset, 768, device)
+        work = planned_work(preset, methods, seeds, descriptors, gamma)
+        show_plan(preset, work, data_sizes(preset, data), 768, device)
     with progress_bars() as bars:
         done = experiments.reproduce(
             preset,
             seeds=range(seed, seed + seeds),
             shares=shares,
-            methods=_methods(methods, preset),
+            methods=method_slugs(methods, preset),
             gammas=gammas,
             world_seed=world_seed, split=split,
             out=out,
@@ -109,8 +97,8 @@ def reproduce(
             say=say,
             data=data,
         )
-    figures.draw_all(done, out)
     _print_results(done, out)
+    figures.draw_all(done, out)
 
 # %% ../../nbs/command/68_cli.ipynb #460f4e3c
 def _default_folder(preset, world_seed, split, seed, data):
@@ -119,16 +107,6 @@ def _default_folder(preset, world_seed, split, seed, data):
     if data:
         tasks = data.resolve().name
     return Path('runs')/f'{preset}-{tasks}-s{seed}'
-
-def _methods(text, preset):
-    "The slugs of a group of methods, or those that were typed"
-    from hyperclip_nb.lab.methods import ABLATION, AHEAD, ALL, PAPER_ROWS, QUICK
-    groups = dict(
-        all=ALL, quick=QUICK, paper=PAPER_ROWS, ahead=AHEAD, ablation=ABLATION,
-    )
-    if not text:
-        text = 'quick' if preset == 'smoke' else 'all'
-    return groups.get(text) or parse_names(text)
 
 # %% ../../nbs/command/68_cli.ipynb #baf311e1
 def _print_results(done, out):

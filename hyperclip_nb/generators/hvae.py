@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data.batches import TaskData, sample_batch
 from ..base.adapter import Adapter
 from ..base.adapt import adapt_all, task_losses
-from ..base.training import fit, one_cycle
+from ..base.training import fit, with_schedule
 from .hypernet import mlp
 
 # %% ../../nbs/generators/26_hvae.ipynb #46146065
@@ -36,13 +36,14 @@ def adapted_weights(
     steps:int, # of gradient descent
     lr:float, # of a step
     generator:torch.Generator, # of the splits
+    low:float=2/3, # smallest share of a task's images in a split
     decode=None, # latents (T,Z) -> weights (T,P), where latents are adapted
     progress=lambda splits: splits, # wraps the splits, to show how far it is
 )->Tensor: # adapted weights (T,K,P), or latents (T,K,Z)
     "The data set of Algorithm 8: each task adapted on several parts of its images"
     adapted = []
     for _ in progress(range(splits)):
-        part = random_splits(data, generator)
+        part = random_splits(data, generator, low)
         adapted.append(adapt_all(adapter, W0, data, part, steps, lr, decode))
     return torch.stack(adapted, 1)
 
@@ -122,6 +123,7 @@ def train_hvae(
     latent:int=32, # Z, entries of a latent (A.2)
     hidden:tuple=(256, 256), # widths in the encoder, reversed in the decoder
     clip:float=10., # gradients are clipped to this norm
+    schedule:str='one cycle', # of the learning rate; the paper's is 'constant'
     generator:torch.Generator=None, # of first parameters and all draws
     progress=lambda steps: steps, # wraps the steps, to show how far it is
 )->tuple: # the `HVAE`; `error`, `kl` and `task` of each step
@@ -129,7 +131,8 @@ def train_hvae(
     hvae = HVAE(adapter.n_weights, latent, hidden, generator).to(weights.device)
     hvae.measure(weights)
     params = list(hvae.parameters())
-    optimizer, scheduler = one_cycle(params, lr, steps, torch.optim.Adam)
+    adam = torch.optim.Adam
+    optimizer, scheduler = with_schedule(schedule, params, lr, steps, adam)
 
     def batches():
         for _ in progress(range(steps)):

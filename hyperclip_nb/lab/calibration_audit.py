@@ -16,7 +16,8 @@ from torch import Tensor
 from ..data.batches import TaskData, buckets
 from ..base.adapter import Adapter
 from .runs import Run
-from .methods import METHODS, predict_weights
+from .methods import METHODS
+from .rows import predict_weights
 from .text_audit import AUDITED
 
 # %% ../../nbs/lab/57_calibration_audit.ipynb #d62b29f9

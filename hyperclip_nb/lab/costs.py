@@ -14,6 +14,7 @@ from ..base.adapter import Adapter
 from ..generators.hvae import HVAE
 from ..language.hyperclip import HyperCLIP
 from ..language.noise_net import NoiseNet
+from .experiments import META_VQA, Sizes
 from .stages import PRESETS, STAGES, STREAMS
 from .timing import count_parameters, free_memory, seconds
 
@@ -198,13 +199,14 @@ def _sampling_stages(preset, tasks, task, networks):
 def costs(
     preset:dict, # settings of each stage, as in `PRESETS`
     width:int, # D, of CLIP
-    tasks:tuple=(783, 373), # Meta-VQA's training tasks without validation, test tasks
-    images:float=84., # of a task, Meta-VQA's mean
-    answers:float=9., # of a task, Meta-VQA's mean
+    sizes:Sizes=META_VQA, # of the data
 )->pd.DataFrame: # a row for each stage: unit, units, flops, bytes, parameters
     "What each stage takes: units of work, and what one of them takes"
     adapter = Adapter(width, **preset['adapter'])
-    task = _Task(width, adapter.hidden, adapter.n_weights, images, answers)
+    tasks = sizes.train, sizes.test
+    task = _Task(
+        width, adapter.hidden, adapter.n_weights, sizes.images, sizes.answers,
+    )
     networks = _network_parameters(preset, task)
     rows = (
         _task_stages(preset, tasks[0], task)
@@ -237,25 +239,28 @@ def plan(
     preset:str, # a key of `PRESETS`
     width:int, # D, of CLIP
     machine:dict, # flops and bytes a second, as `rates` gives them
-    images:int=64_665, # whose features are held: Meta-VQA's
-    tasks:tuple=(783, 373), # training and test tasks
+    work:dict, # stage -> how often it is done, as `count_work` counts
+    sizes:Sizes=META_VQA, # of the data
 )->pd.DataFrame: # a row for each stage
     "What each stage needs: parameters, memory, operations, and minutes at best"
     settings = PRESETS[preset]
-    stages = costs(settings, width, tasks)
+    stages = costs(settings, width, sizes)
+    stages = stages[[stage in work for stage in stages.index]]
+    times = pd.Series(work)[stages.index]
     parameters = stages.parameters.astype(float)
 
-    features = 4*width*images
-    networks = settings['weights']['splits']*tasks[0] # adapted ones, of all tasks
-    weights = 4*networks*stages.parameters['multitask']
+    features = 4*width*sizes.pictures
+    networks = settings['weights']['splits']*sizes.train # adapted ones, of all tasks
+    weights = 4*networks*Adapter(width, **settings['adapter']).n_weights
     held = pd.Series({k: _BYTES_HELD.get(k, 16) for k in stages.index})
     reads_weights = stages.index.isin(_READS_WEIGHTS)
     memory = features + weights*reads_weights + held*parameters
 
-    flops = (stages.units*stages.flops).astype(float)
-    moved = (stages.units*stages.bytes).astype(float)
+    flops = (times*stages.units*stages.flops).astype(float)
+    moved = (times*stages.units*stages.bytes).astype(float)
     best = np.maximum(flops/machine['flops'], moved/machine['bytes'])
     return pd.DataFrame({
+        'times': times,
         'parameters (M)': parameters/1e6,
         'memory (GiB)': memory/2**30,
         'TFLOP': flops/1e12,

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from ..base.adapt import evaluate
 from .runs import Run
-from .methods import predict_weights
+from .rows import predict_weights
 
 # %% ../../nbs/lab/60_ensembles.ipynb #6b82a0b6
 ENSEMBLES = { # team -> methods, each with all of its trainings

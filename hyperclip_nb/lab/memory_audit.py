@@ -19,7 +19,7 @@ from ..base.adapter import Adapter
 from ..base.adapt import evaluate
 from .runs import Run
 from .stages import Models, stage_rng
-from .methods import predict_weights
+from .rows import predict_weights
 
 # %% ../../nbs/lab/56_memory_audit.ipynb #3890190b
 def nearest(

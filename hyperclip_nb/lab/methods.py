@@ -4,20 +4,18 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'ABLATION', 'ALL', 'AHEAD', 'PAPER_ROWS', 'QUICK', 'Start', 'Method', 'method', 'silent_weights',
-           'sample_weights', 'sample_ours', 'nearest_question', 'predict_weights']
+           'sample_weights', 'sample_ours', 'nearest_question']
 
 # %% ../../nbs/lab/44_methods.ipynb #d3d1762a
 import inspect
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import reduce, repeat
 from torch import Tensor
 from ..language.guidance import guide, hyperclip_score
-from .runs import Run
-from .stages import Models, stage_rng
+from .stages import STAGES, Models, stage_rng
 
 # %% ../../nbs/lab/44_methods.ipynb #bbaf0132
 class Start(NamedTuple):
@@ -43,6 +41,7 @@ class Method:
     reads_questions:bool # does it learn from them, so that their share matters?
     whitened:bool # are its questions whitened?
     gamma:float # guidance scale at which it is printed, whatever validation prefers
+    needs:tuple # names of the stages whose parts it asks for
 
     @property
     def varied(self)->tuple: # of some of gamma, eta, samples
@@ -57,10 +56,13 @@ def method(
     reads_questions:bool=True, # does it learn from questions?
     whitened:bool=False, # are its questions whitened?
     gamma:float=1.5, # guidance scale at which it is printed
+    needs:tuple=None, # stages whose parts it asks for; None: that of its own name
 ):
     "Decorator: register a function as a method"
     def register(start): # (models, tasks, **what varies) -> `Start`
-        new = Method(title, start, reads_questions, whitened, gamma)
+        own = tuple({slug.replace('-', '_')} & STAGES.keys())
+        asked = own if needs is None else needs
+        new = Method(title, start, reads_questions, whitened, gamma, asked)
         _check_varied(slug, new.varied)
         METHODS[slug] = new
         return start
@@ -75,8 +77,8 @@ def _check_varied(slug, varied):
 # %% ../../nbs/lab/44_methods.ipynb #cc69bb95
 def silent_weights(models:Models)->Tensor: # gives the base network and the seed; (P,)
     "Weights that add nothing to CLIP, and can learn"
-    W = models.adapter.init(stage_rng(models.seed, 'plain_clip'))
-    W = W.to(models.run.device)
+    generator = stage_rng(models.seed, 'plain_clip')
+    W = models.adapter.init(generator).to(models.run.device)
     layers = models.adapter.split(W)
     layers['W2'].zero_()
     layers['b2'].zero_()
@@ -128,7 +130,9 @@ def _hnet_hyperclip(models, tasks):
     settings = models.settings['guidance']['hnet']
     return Start(_guided(net, clip_h, z, tasks.e, settings))
 
-@method('hvae-hyperclip', 'HVAE + HyperCLIP guidance')
+@method(
+    'hvae-hyperclip', 'HVAE + HyperCLIP guidance', needs=('paper_hvae', 'hyperclip'),
+)
 def _hvae_hyperclip(models, tasks):
     net, clip_h = models.paper_hvae, models.hyperclip
     size = len(tasks.e), models.settings['paper_hvae']['latent']
@@ -146,8 +150,9 @@ def sample_weights(
     space:str='hvae', # the latent space: that of the hvae or of the hnet
 )->Tensor: # (T,P)
     "Weights for questions by the paper's HyperLDM (Algorithm 14)"
-    net, ldm = models.paper_hvae, models.paper_hyperldm
-    if space == 'hnet':
+    if space == 'hvae':
+        net, ldm = models.paper_hvae, models.paper_hyperldm
+    else:
         net, ldm = models.hnet_maml, models.hnet_hyperldm
 
     def log_p(z): # (B,Z) -> (B,)
@@ -175,15 +180,18 @@ def sample_ours(
 def _hnet_hyperldm(models, tasks, gamma=1.5):
     return Start(sample_weights(models, tasks.e, gamma, space='hnet'))
 
-@method('hvae-hyperldm', 'HVAE + HyperLDM')
+@method('hvae-hyperldm', 'HVAE + HyperLDM', needs=('paper_hyperldm',))
 def _hvae_hyperldm(models, tasks, gamma=1.5):
     return Start(sample_weights(models, tasks.e, gamma))
 
-@method('hvae-hyperldm-ours', 'HVAE + HyperLDM, ours')
+@method('hvae-hyperldm-ours', 'HVAE + HyperLDM, ours', needs=('hyperldm',))
 def _hvae_hyperldm_ours(models, tasks, gamma=1.5, samples=1):
     return Start(sample_ours(models, tasks.e, gamma, samples))
 
-@method('hvae-hyperldm-hyperclip', 'HVAE + HyperLDM + HyperCLIP')
+@method(
+    'hvae-hyperldm-hyperclip', 'HVAE + HyperLDM + HyperCLIP',
+    needs=('paper_hyperldm', 'hyperclip'),
+)
 def _hvae_hyperldm_hyperclip(models, tasks, gamma=1.5, eta=.3):
     return Start(sample_weights(models, tasks.e, gamma, eta=eta))
 
@@ -199,11 +207,11 @@ def nearest_question(
     mu, _ = models.hvae.encode(W)
     return models.hvae.decode(mu.mean(1))
 
-@method('hvae-regression', 'HVAE + regression')
+@method('hvae-regression', 'HVAE + regression', needs=('regression',))
 def _hvae_regression(models, tasks):
     return Start(models.hvae.decode(models.regression(tasks.e)))
 
-@method('hvae-nearest', 'HVAE + nearest question')
+@method('hvae-nearest', 'HVAE + nearest question', needs=('hvae',))
 def _hvae_nearest(models, tasks):
     return Start(nearest_question(models, tasks.e))
 
@@ -214,14 +222,15 @@ for _slug, _plain in list(METHODS.items()):
         METHODS[f'{_slug}-white'] = replace(_plain, title=_title, whitened=True)
 
 # %% ../../nbs/lab/44_methods.ipynb #1e2abba1
-@method('cond-multitask-strong', 'Cond. Multitask, strong', whitened=True)
+@method('cond-multitask-strong', 'Cond. Multitask, strong', whitened=True,
+        needs=('cond_strong',))
 def _cond_multitask_strong(models, tasks, samples=1):
     nets = models.cond_strong[:samples]
     if len(nets) == 1:
         return Start(tasks.e, nets[0], 'question')
     return Start(torch.stack([net(tasks.e) for net in nets], 1)) # (T,K,P)
 
-@method('hvae-ridge', 'HVAE + kernel ridge', whitened=True)
+@method('hvae-ridge', 'HVAE + kernel ridge', whitened=True, needs=('ridge',))
 def _hvae_ridge(models, tasks):
     return Start(models.hvae.decode(models.ridge(tasks.e)))
 
@@ -230,7 +239,8 @@ def _sample_tuned(models, tuned, tasks, gamma=None, samples=8):
     generator = stage_rng(models.seed, 'sampling')
     return Start(tuned.sample(tasks.e, generator, samples, gamma))
 
-@method('hvae-hyperldm-tuned', 'HVAE + HyperLDM, tuned', whitened=True, gamma=2.)
+@method('hvae-hyperldm-tuned', 'HVAE + HyperLDM, tuned', whitened=True, gamma=2.,
+        needs=('tuned',))
 def _tuned(models, tasks, gamma=None, samples=8):
     return _sample_tuned(models, models.tuned, tasks, gamma, samples)
 
@@ -239,7 +249,7 @@ def _tuned_variant(name, title):
     slug = f'hvae-hyperldm-tuned-{name}'
     title = f'HVAE + HyperLDM, tuned, {title}'
 
-    @method(slug, title, whitened=True)
+    @method(slug, title, whitened=True, needs=(f'tuned_{name}',))
     def _variant(models, tasks):
         return _sample_tuned(models, getattr(models, f'tuned_{name}'), tasks)
 
@@ -249,7 +259,8 @@ _tuned_variant('kept', 'diffusion loss kept')
 _tuned_variant('unguided', 'no guidance')
 _tuned_variant('first', 'first recipe')
 
-@method('hvae-hyperldm-tuned-raw', 'HVAE + HyperLDM, tuned, raw questions')
+@method('hvae-hyperldm-tuned-raw', 'HVAE + HyperLDM, tuned, raw questions',
+        needs=('tuned',))
 def _tuned_raw(models, tasks):
     return _sample_tuned(models, models.tuned, tasks)
 
@@ -273,20 +284,5 @@ PAPER_ROWS = ( # those of the paper's Tables 1 and 4
     'hnet-hyperldm', 'hvae-hyperldm',
 )
 QUICK = ( # what the paper is about, in a few minutes
-    'clip', 'multitask', 'cond-multitask', 'hvae-hyperldm-ours',
-    'hvae-hyperldm-tuned',
+    'clip', 'multitask', 'cond-multitask', 'hvae-hyperldm-ours', 'hvae-hyperldm-tuned',
 )
-
-# %% ../../nbs/lab/44_methods.ipynb #35805be8
-@torch.no_grad()
-def predict_weights(
-    run:Run, # where the method is trained
-    seed:int, # of its training
-    slug:str, # of a method of one vector a task
-    e:Tensor, # task embeddings as CLIP gives them (T,D)
-)->Tensor: # (T,P)
-    "The networks that a method writes for questions, at its own guidance scale"
-    method = METHODS[slug]
-    models = Models(run, seed, white=method.whitened)
-    start = method.start(models, SimpleNamespace(e=models.read(e)))
-    return start.weights(len(e))

@@ -107,7 +107,7 @@ def _check_names(settings, changes):
 
 # %% ../../nbs/lab/38_settings.ipynb #5f723af7
 FROM_PAPER = ( # setting, its numbers, and where they stand
-    ('adapter', dict(hidden=256, temperature=100.), 'A.2'),
+    ('adapter', dict(hidden=256), 'A.2'),
     ('multitask', dict(epochs=300, lr=1e-4), 'Table 3'),
     ('mnet_maml', dict(epochs=500, lr=3e-5, inner_lr=.01), 'Table 3'),
     ('mnet_fomaml', dict(epochs=500, lr=3e-5, inner_lr=.01), 'Table 3'),
@@ -118,6 +118,7 @@ FROM_PAPER = ( # setting, its numbers, and where they stand
     ('paper_weights', dict(steps=50, lr=.01), 'A.7.1'),
     ('paper_hvae', dict(latent=32, hidden=(256, 512)), 'A.2'),
     ('paper_hvae', dict(steps=2000*870//32, batch=32, lr=1e-4, clip=1000.), 'A.7.1'),
+    ('paper_hvae', dict(schedule='constant'), 'A.7.1'),
     ('hnet_latents', dict(steps=50, lr=.1), 'A.7.2'),
     ('hyperclip', dict(hidden=256), 'A.2'),
     ('hyperclip', dict(steps=600*870//64, batch=64, lr=3e-4), 'A.7.2'),
@@ -126,6 +127,7 @@ FROM_PAPER = ( # setting, its numbers, and where they stand
     ('paper_hyperldm', dict(hidden=(8192, 16384, 8192)), 'A.2'),
     ('paper_hyperldm', dict(kind='eps'), 'Eq. 9'),
     ('paper_hyperldm', dict(steps=1000*870//128, batch=128, lr=2.5e-4), 'A.7.3'),
+    ('paper_hyperldm', dict(schedule='constant'), 'A.7.3'),
     ('paper_sampling', dict(sampler='ddpm', steps=350), 'Eq. 8 and A.7.3'),
     ('few_shot', dict(steps=50, weights=.01, latent=.1, question=.1), 'A.8'),
 )
@@ -169,9 +171,3 @@ class _Presets(Mapping):
         return name in (*_WRITTEN, *_added)
 
 PRESETS = _Presets()
-
-# %% ../../nbs/lab/38_settings.ipynb #ef93742f
-add_preset(
-    'paper-small', 'default',
-    few_shot=dict(steps=50, weights=1., latent=1., question=.3),
-)

@@ -6,7 +6,7 @@
 __all__ = ['cond_multitask', 'cond_hnet_maml', 'cond_film', 'hyperclip', 'hnet_hyperclip', 'our_hyperclip', 'paper_hyperldm',
            'hyperldm', 'hnet_hyperldm', 'regression', 'ridge', 'cond_strong', 'tuned', 'tuned_undirect',
            'tuned_decoder', 'tuned_kept', 'tuned_unguided', 'tuned_first', 'PRESETS', 'STAGES', 'STREAMS', 'Models',
-           'add_preset', 'deviations', 'override', 'preset', 'stage_rng']
+           'add_preset', 'deviations', 'override', 'preset', 'stage_rng', 'with_needs']
 
 # %% ../../nbs/lab/43_stages.ipynb #dd56fbaa
 import torch
@@ -26,17 +26,19 @@ from hyperclip_nb.lab.settings import (
     PRESETS, add_preset, deviations, override, preset,
 )
 from hyperclip_nb.lab.models import (
-    STAGES, STREAMS, Models, stage, stage_rng, variant,
+    STAGES, STREAMS, Models, stage, stage_rng, variant, with_needs,
 )
-from .unconditional import untrained_hvae
+from .unconditional import encoded, untrained_hvae
 
 # %% ../../nbs/lab/43_stages.ipynb #c1158133
 _all_ = [
     PRESETS, STAGES, STREAMS, Models, add_preset, deviations, override, preset,
-    stage_rng,
+    stage_rng, with_needs,
 ]
 
 # %% ../../nbs/lab/43_stages.ipynb #e9dfa0af
+_LEARNER = dict(reads_questions=True, longer_at_small_shares=True)
+
 def _untrained_hypernet(models):
     return HyperNet(models.adapter.width, models.adapter.n_weights)
 
@@ -46,8 +48,7 @@ def _untrained_hypernet(models):
     smoke=dict(epochs=20),
     paper=dict(epochs=60, lr=1e-4),
     untrained=_untrained_hypernet,
-    reads_questions=True,
-    longer_at_small_shares=True,
+    **_LEARNER,
 )
 def cond_multitask(models, **settings): # parts it needs; the settings above
     "A hypernetwork from the question to weights (Algorithm 5)"
@@ -60,8 +61,7 @@ def cond_multitask(models, **settings): # parts it needs; the settings above
     smoke=dict(epochs=2),
     paper=dict(epochs=200, lr=1e-5, inner_lr=.1),
     untrained=_untrained_hypernet,
-    reads_questions=True,
-    longer_at_small_shares=True,
+    **_LEARNER,
 )
 def cond_hnet_maml(models, **settings): # parts it needs; the settings above
     "The same, trained so that a few steps on its input lead to the task (Algorithm 7)"
@@ -77,8 +77,7 @@ def _untrained_film(models):
     default=dict(epochs=30, lr=5e-3),
     paper=dict(epochs=300, lr=1e-4),
     untrained=_untrained_film,
-    reads_questions=True,
-    longer_at_small_shares=True,
+    **_LEARNER,
 )
 def cond_film(models, **settings): # parts it needs; the settings above
     "One network whose hidden units the question scales and shifts (Algorithm 6)"
@@ -92,22 +91,26 @@ def _untrained_hyperclip(models):
 _READER = dict(untrained=_untrained_hyperclip, reads_questions=True, bf16=True)
 
 @stage(
-    seed=12,
+    seed=12, needs=('paper_weights',),
     default=dict(hidden=256, steps=600, batch=64, lr=3e-4),
     smoke=dict(steps=200),
     paper=dict(steps=600*870//64, noise=0.),
     **_READER,
 )
-def hyperclip(models, **settings): # parts it needs; the settings above
+def hyperclip(
+    models, # parts it needs
+    read='paper_weights', # the part whose weights it reads
+    **settings, # the settings above
+):
     "Adapted weights and questions, embedded side by side (Algorithm 1)"
-    return train_hyperclip(models.paper_weights, models.train.e, **settings)[0]
+    return train_hyperclip(getattr(models, read), models.train.e, **settings)[0]
 
-@stage(seed=13, settings='hyperclip', **_READER)
+@stage(seed=13, settings='hyperclip', needs=('hnet_latents',), **_READER)
 def hnet_hyperclip(models, **settings): # parts it needs; the settings above
     "The same for the weights of the hypernetwork"
     return train_hyperclip(models.hnet_weights, models.train.e, **settings)[0]
 
-@stage(seed=24, settings='hyperclip', **_READER)
+@stage(seed=24, settings='hyperclip', needs=('weights',), **_READER)
 def our_hyperclip(models, **settings): # parts it needs; the settings above
     "The same for our weights"
     return train_hyperclip(models.weights, models.train.e, **settings)[0]
@@ -129,39 +132,44 @@ def _untrained_hnet_hyperldm(models):
 
 # %% ../../nbs/lab/43_stages.ipynb #97575045
 @stage(
-    seed=23,
+    seed=23, needs=('paper_hvae',),
     default=dict(
         hidden=(256, 256, 256), kind='eps', steps=1200, batch=128, lr=1e-3, ema=0.,
     ),
     smoke=dict(steps=500),
-    paper=dict(hidden=(8192, 16384, 8192), steps=1000*870//128, lr=2.5e-4),
+    paper=dict(
+        hidden=(8192, 16384, 8192), steps=1000*870//128, lr=2.5e-4,
+        schedule='constant',
+    ),
     untrained=_untrained_paper_hyperldm,
-    reads_questions=True,
-    bf16=True,
+    reads_questions=True, bf16=True,
 )
-def paper_hyperldm(models, **settings): # parts it needs; the settings above
+def paper_hyperldm(
+    models, # parts it needs
+    read='paper_weights', # the part whose weights the HVAE encodes
+    **settings, # the settings above
+):
     "Diffusion over latents of the paper's HVAE, given the question (Algorithm 13)"
-    return train_hyperldm(*models.paper_latents, models.train.e, **settings)[0]
+    latents = encoded(models.paper_hvae, getattr(models, read))
+    return train_hyperldm(*latents, models.train.e, **settings)[0]
 
 @stage(
-    seed=4,
+    seed=4, needs=('hvae',),
     default=dict(hidden=(256, 256, 256), kind='v', steps=1200, batch=128, lr=1e-3),
     smoke=dict(steps=500),
     paper=dict(hidden=(8192, 16384, 8192), steps=1000*870//128, lr=2.5e-4),
     untrained=_untrained_hyperldm,
-    reads_questions=True,
-    bf16=True,
+    reads_questions=True, bf16=True,
 )
 def hyperldm(models, **settings): # parts it needs; the settings above
     "The same over our latents"
     return train_hyperldm(*models.latents, models.train.e, **settings)[0]
 
 @stage(
-    seed=14,
+    seed=14, needs=('hnet_latents',),
     settings='paper_hyperldm',
     untrained=_untrained_hnet_hyperldm,
-    reads_questions=True,
-    bf16=True,
+    reads_questions=True, bf16=True,
 )
 def hnet_hyperldm(models, **settings): # parts it needs; the settings above
     "Diffusion over latents of the hypernetwork, given the question"
@@ -174,7 +182,7 @@ def _untrained_regression(models):
     return mlp(models.adapter.width, 256, 256, models.settings['hvae']['latent'])
 
 @stage(
-    seed=15,
+    seed=15, needs=('hvae',),
     default=dict(steps=600, lr=1e-3),
     smoke=dict(steps=300),
     untrained=_untrained_regression,
@@ -191,7 +199,7 @@ def _untrained_ridge(models):
     return Ridge(n, models.adapter.width, models.settings['hvae']['latent'])
 
 @stage(
-    seed=19,
+    seed=19, needs=('hvae',),
     default=dict(alpha=.1, kappa=.01),
     untrained=_untrained_ridge,
     reads_questions=True,
@@ -213,13 +221,12 @@ def _untrained_cond_strong(models):
     return nn.ModuleList(nets)
 
 @stage(
-    seed=18,
+    seed=18, needs=('multitask',),
     default=dict(epochs=24, lr=1e-3),
     smoke=dict(epochs=12),
     paper=dict(epochs=60, lr=1e-4),
     untrained=_untrained_cond_strong,
-    reads_questions=True,
-    longer_at_small_shares=True,
+    **_LEARNER,
 )
 def cond_strong(models, **settings): # parts it needs; the settings above
     "Cond. Multitask as strong as we can make it, five of them"
@@ -233,13 +240,12 @@ def _untrained_tuned(models):
     return TunedLDM(untrained_hvae(models), _untrained_hyperldm(models))
 
 @stage(
-    seed=20,
+    seed=20, needs=('hyperldm',),
     default=dict(epochs=24, lr=2e-3, keep=0., decoder=False),
     smoke=dict(epochs=14),
     paper=dict(epochs=8, lr=1e-4, recompute=True),
     untrained=_untrained_tuned,
-    reads_questions=True,
-    longer_at_small_shares=True,
+    **_LEARNER,
 )
 def tuned(models, **settings): # parts it needs; the settings above
     "HyperLDM trained on the task loss, with a direct way from question to weights"
@@ -272,3 +278,12 @@ def tuned_unguided(models, **settings): # parts it needs; the settings of `tuned
 def tuned_first(models, **settings): # parts it needs; the settings of `tuned`
     "The first recipe that was tried"
     return tuned(models, **settings | dict(decoder=True, keep=.1))
+
+# %% ../../nbs/lab/43_stages.ipynb #ef93742f
+add_preset(
+    'paper-small', 'default',
+    paper_hvae=dict(schedule='constant'), # A.7.1
+    paper_hyperldm=dict(schedule='constant'), # A.7.3
+    hyperclip=dict(noise=0.), # Algorithm 1
+    few_shot=dict(steps=50, weights=1., latent=1., question=.3), # A.8
+)

@@ -15,7 +15,8 @@ from ..data.questions import WORDINGS, parse, to_text
 from ..vision.tokenizer import vocabulary
 from ..base.adapt import evaluate
 from .runs import Run
-from .methods import METHODS, predict_weights
+from .methods import METHODS
+from .rows import predict_weights
 from .stats import bootstrap
 
 # %% ../../nbs/lab/55_text_audit.ipynb #2ebda4e6

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['multitask', 'mnet_maml', 'mnet_fomaml', 'hnet_maml', 'paper_weights', 'weights', 'hnet_latents', 'hnet_weights',
-           'untrained_hvae', 'paper_hvae', 'hvae', 'paper_latents', 'latents']
+           'untrained_hvae', 'paper_hvae', 'hvae', 'encoded', 'latents']
 
 # %% ../../nbs/lab/42_unconditional.ipynb #548d8a52
 import torch
@@ -66,7 +66,7 @@ def hnet_maml(models, **settings): # parts it needs; the settings above
 
 # %% ../../nbs/lab/42_unconditional.ipynb #aa5de2ac
 @stage(
-    seed=21,
+    seed=21, needs=('mnet_maml',),
     default=dict(splits=3, steps=50, lr=1.),
     smoke=dict(splits=2, steps=20),
     paper=dict(lr=.01),
@@ -76,7 +76,7 @@ def paper_weights(models, **settings): # parts it needs; the settings above
     return adapted_weights(models.adapter, models.mnet_maml, models.train, **settings)
 
 @stage(
-    seed=2,
+    seed=2, needs=('multitask',),
     default=dict(splits=2, steps=100, lr=3.),
     smoke=dict(steps=25, lr=6.),
     paper=dict(steps=100, lr=.03),
@@ -86,7 +86,7 @@ def weights(models, **settings): # parts it needs; the settings above
     return adapted_weights(models.adapter, models.multitask, models.train, **settings)
 
 @stage(
-    seed=11,
+    seed=11, needs=('hnet_maml',),
     default=dict(splits=3, steps=50, lr=1.),
     smoke=dict(splits=2, steps=20),
     paper=dict(lr=.1),
@@ -116,7 +116,7 @@ def _untrained_paper_hvae(models):
     return untrained_hvae(models, 'paper_hvae')
 
 @stage(
-    seed=22,
+    seed=22, needs=('paper_weights',),
     default=dict(
         latent=32, hidden=(256, 256), steps=800, batch=64, lr=1e-3,
         kl_weight=2e-3, ce_weight=0.,
@@ -124,6 +124,7 @@ def _untrained_paper_hvae(models):
     smoke=dict(steps=300),
     paper=dict(
         hidden=(256, 512), steps=2000*870//32, batch=32, lr=1e-4, clip=1000.,
+        schedule='constant',
     ),
     untrained=_untrained_paper_hvae,
     bf16=True,
@@ -135,7 +136,7 @@ def paper_hvae(models, **settings): # parts it needs; the settings above
 
 # %% ../../nbs/lab/42_unconditional.ipynb #22977394
 @stage(
-    seed=3,
+    seed=3, needs=('weights',),
     default=dict(
         latent=64, hidden=(256, 256), steps=800, batch=64, lr=1e-3,
         kl_weight=4e-3, ce_weight=4.,
@@ -152,14 +153,15 @@ def hvae(models, **settings): # parts it needs; the settings above
     return train_hvae(models.adapter, models.weights, models.train, **settings)[0]
 
 # %% ../../nbs/lab/42_unconditional.ipynb #dcf1401c
-@derived
-def paper_latents(models): # that need them
-    "Mean and log-variance (T,K,Z) of the paper's weights, in full precision"
+def encoded(
+    hvae:HVAE, # whose encoder reads them
+    weights, # of networks (T,K,P)
+)->tuple: # means and log-variances of their latents, each (T,K,Z)
+    "Latents of adapted weights, in full precision"
     with torch.autocast('cuda', enabled=False):
-        return models.paper_hvae.encode(models.paper_weights)
+        return hvae.encode(weights)
 
 @derived
 def latents(models): # that need them
-    "The same of our weights"
-    with torch.autocast('cuda', enabled=False):
-        return models.hvae.encode(models.weights)
+    "Mean and log-variance (T,K,Z) of our weights"
+    return encoded(models.hvae, models.weights)

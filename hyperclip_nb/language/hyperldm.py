@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from ..base.training import fit, one_cycle
+from ..base.training import fit, with_schedule
 from ..generators.hvae import reparameterize
 from .ddpm import diffusion_loss, linear_schedule
 from .ddpm import sample_by_name
@@ -89,11 +89,13 @@ def cfg_diffusion_loss(
     batch_size:int, # latents in a batch
     p_uncond:float, # how often the question is replaced by zeros
     generator:torch.Generator, # of tasks, splits, steps and noise
+    others=None, # tasks that teach the half without question (m,), long; None: all
 )->Tensor: # a scalar
     "Eq. 9 on a random batch, with classifier-free dropout of the question"
     T, K = mu.shape[:2]
     has_question = torch.rand(batch_size, generator=generator) >= p_uncond
-    task = torch.randint(T, (batch_size,), generator=generator)
+    others = torch.arange(T) if others is None else others
+    task = others[torch.randint(len(others), (batch_size,), generator=generator)]
     split = torch.randint(K, (batch_size,), generator=generator)
     n = int(has_question.sum())
     picks = torch.randint(len(task_ids), (n,), generator=generator)
@@ -116,6 +118,8 @@ def train_hyperldm(
     kind:str='v', # what the network predicts: 'v' or 'eps'
     p_uncond:float=.15, # how often the question is replaced by zeros
     ema:float=.999, # decay of the running mean that is left behind; 0: the last step
+    schedule:str='one cycle', # of the learning rate; the paper's is 'constant'
+    described_only:bool=False, # may only tasks with a question teach the half without?
     generator:torch.Generator=None, # of first weights and all that a step draws
     progress=lambda steps: steps, # wraps the steps, to show how far it is
 )->tuple: # a HyperLDM, and the loss of each step
@@ -127,15 +131,16 @@ def train_hyperldm(
     variance = mu.var((0, 1)) + log_var.exp().mean((0, 1))
     ldm.mean.copy_(mu.mean((0, 1)))
     ldm.std.copy_(variance.sqrt())
-    optimizer, scheduler = one_cycle(ldm.net.parameters(), lr, steps)
+    params = list(ldm.net.parameters())
+    optimizer, scheduler = with_schedule(schedule, params, lr, steps)
+    others = task_ids if described_only else None
 
     def loss(_): # number of the step
         scalar = cfg_diffusion_loss(
-            ldm.net, ldm, mu, log_var, e, task_ids, batch, p_uncond, generator
+            ldm.net, ldm, mu, log_var, e, task_ids, batch, p_uncond, generator, others
         )
         return dict(loss=scalar)
 
-    params = ldm.net.parameters()
     epochs = [progress(range(steps))]
     history, _ = fit(params, epochs, loss, optimizer, scheduler, ema=ema)
     return ldm.eval().requires_grad_(False), [step['loss'] for step in history]
