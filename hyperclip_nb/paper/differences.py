@@ -176,5 +176,5 @@ def effect(
     accuracies = []
     for some in run, undone(run, difference):
         models = Models(some, seed, difference.share, method.whitened)
-        accuracies.append(evaluate_row(models, row)['test'].numpy())
+        accuracies.append(evaluate_row(models, row)['test'])
     return tuple(accuracies)
