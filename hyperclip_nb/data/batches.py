@@ -190,7 +190,8 @@ def side_by_side(
     "`map` with as many items at a time as there are cores to spare"
     cores = os.cpu_count() or 1
     workers = max(1, cores//torch.get_num_threads())
-    if str(device).startswith('cuda'):
-        workers = 1
+    if workers == 1 or str(device).startswith('cuda'):
+        yield from map(compute, items)
+        return
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(compute, items)

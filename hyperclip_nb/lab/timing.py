@@ -100,8 +100,11 @@ def count_flops(
 )->int: # a product of (N,K) and (K,M) counts 2NKM
     "Additions and multiplications in the matrix products of a call"
     in_place = {torch.ops.aten.baddbmm_: _baddbmm_flops}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count()) # none to spare for work side by side,
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        f()
+        f() # so that all of it is done, and seen, in this thread
+    torch.set_num_threads(threads)
     return counter.get_total_flops()
 
 # %% ../../nbs/lab/61_timing.ipynb #b04b36db
