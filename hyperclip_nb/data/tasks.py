@@ -34,7 +34,7 @@ class Task:
 def split_pairs(
     pairs:np.ndarray, # image number and answer number (n,2)
     rng:np.random.Generator, # of the shuffle
-    share:float=.7, # part of each answer's images that becomes support (A.5)
+    share:float=.7, # part of each answer's images that becomes support
 )->tuple: # support pairs and query pairs
     "Divide pairs at random, each answer's images in the same proportion"
     pairs = pairs[rng.permutation(len(pairs))]

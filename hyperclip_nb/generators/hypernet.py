@@ -21,7 +21,7 @@ class HyperNet(nn.Sequential):
     def __init__(self,
         n_in:int, # entries of z: Z of a latent, D of a task embedding
         n_weights:int, # P, entries of W
-        hidden:int=256, # units of the hidden layer (Table 3)
+        hidden:int=256, # units of the hidden layer (A.2)
         generator:torch.Generator=None, # of the first θ
     ):
         first, last = nn.Linear(n_in, hidden), nn.Linear(hidden, n_weights)
