@@ -17,6 +17,7 @@ from ..data.tasks import Task
 from ..data.scenes import Scenes
 from ..data.drawing import render
 from .methods import sample_ours
+from .history import curves_figure, read_curves
 from .experiments import Experiment
 from .curves import GUIDED, SHARED
 from .curves import descriptor_figure, few_shot_figure, gamma_figure
@@ -114,6 +115,8 @@ def _figures(experiment): # yields name and figure
         yield 'questions', question_figure(train.e, train.tasks)
         yield 'inference', inference_figure(infer(experiment), tasks)
         yield 'path', path_figure(experiment)
+    if run.folder and read_curves(run.folder):
+        yield 'training', curves_figure(run.folder)
 
 def draw_all(
     experiment:Experiment, # whose figures are drawn
