@@ -5,6 +5,7 @@ again. Stages and methods register themselves, and move no number of any other."
 import copy
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -123,14 +124,18 @@ def test_a_killed_run_ends_with_the_same_rows(done, tmp_path):
 
 def test_half_written_files_of_a_dead_process_go(done):
     stage_files = done[1]/'stages'
-    dead = stage_files/'.seed0-hvae.safetensors.999999999.part'
+    host = platform.node()
+    dead = stage_files/f'.seed0-hvae.safetensors.{host}.999999999.part'
     dead.write_bytes(b'half')
-    mine = stage_files/f'.seed0-hvae.safetensors.{os.getpid()}.part'
+    mine = stage_files/f'.seed0-hvae.safetensors.{host}.{os.getpid()}.part'
     mine.write_bytes(b'being written')
+    elsewhere = stage_files/'.seed0-hvae.safetensors.another.999999999.part'
+    elsewhere.write_bytes(b'being written on another machine')
     reproduce(**GRID, out=done[1])
     assert not dead.exists()
-    assert mine.exists()
+    assert mine.exists() and elsewhere.exists()
     mine.unlink()
+    elsewhere.unlink()
 
 
 def test_done_rows_are_not_run_again_unless_asked(done, tmp_path, monkeypatch):

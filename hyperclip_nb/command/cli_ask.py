@@ -7,12 +7,12 @@ __all__ = ['open_image', 'ask_command']
 
 # %% ../../nbs/command/69_cli_ask.ipynb #0651a8c8
 import io
-import json
 from pathlib import Path
 from typing import Annotated, Optional
-from rich.table import Table
 from typer import Argument, Option
-from .console import Json, console, parse_names, say
+from hyperclip_nb.command.console import (
+    Json, parse_names, print_json, print_rows, say,
+)
 
 # %% ../../nbs/command/69_cli_ask.ipynb #a73fe596
 def open_image(path): # of a file
@@ -127,13 +127,13 @@ def _known(writer):
 def _print_reply(facts, as_json):
     "Print ranked answers, and what is known about them"
     if as_json:
-        print(json.dumps(facts))
+        print_json(facts)
         return
-    table = Table('answer', 'probability', '', title=facts['question'])
+    rows = []
     for row in facts['answers'][:10]:
         p = row['probability']
-        table.add_row(row['answer'], f'{100*p:.1f} %', '█'*round(20*p))
-    console.print(table)
+        rows.append((row['answer'], f'{100*p:.1f} %', '█'*round(20*p)))
+    print_rows(['answer', 'probability', ''], rows, facts['question'])
     for line in _remarks(facts):
         say(line)
 

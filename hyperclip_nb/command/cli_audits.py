@@ -8,9 +8,10 @@ __all__ = ['audit_app', 'audit_text', 'audit_memory', 'audit_calibration', 'labo
 # %% ../../nbs/command/71_cli_audits.ipynb #7078071a
 from pathlib import Path
 from typing import Annotated
-from typer import Option, Typer
+from typer import Option
 from hyperclip_nb.command.console import (
-    Device, parse_names, pick_device, print_table, progress_bars, tracker,
+    Device, Json, add_command, as_records, command_group, parse_names, pick_device,
+    print_json, print_table, progress_bars, tracker,
 )
 
 # %% ../../nbs/command/71_cli_audits.ipynb #4a717e5d
@@ -33,20 +34,25 @@ def _save_csv(found, path):
     from hyperclip_nb.data.files import atomic_write
     atomic_write(path, found.to_csv(index=False, float_format='%.4f'))
 
-def _report(found, table, figure, path, title):
+def _report(found, table, figure, path, title, as_json):
     "Write what was measured as CSV and as a figure, and print its table"
     from hyperclip_nb.lab.figures import save_figure
     _save_csv(found, path.with_suffix('.csv'))
     save_figure(figure, path)
     note = f'All of it, and its figure, are in {path}.csv, .png and .svg'
-    print_table(table, title, note)
+    _print(table, title, note, as_json)
+
+def _print(table, title, note, as_json):
+    "A table for a person, or its rows for a program"
+    if as_json:
+        print_json(as_records(table))
+    else:
+        print_table(table, title, note)
 
 # %% ../../nbs/command/71_cli_audits.ipynb #c5252c89
-audit_app = Typer(
-    help='Does the text matter? Is it memorised? Can its probabilities be believed? '
-         'Ask an experiment that reproduce made.',
-    rich_markup_mode=None,
-    no_args_is_help=True,
+audit_app = command_group(
+    'Does the text matter? Is it memorised? Can its probabilities be believed? '
+    'Ask an experiment that reproduce made.'
 )
 
 def _audited(text):
@@ -60,12 +66,13 @@ def _audited(text):
     return chosen
 
 # %% ../../nbs/command/71_cli_audits.ipynb #528ccaf0
-@audit_app.command('text')
+@add_command(audit_app, 'text')
 def audit_text(
     out: _OutFolder, # of the experiment
     seeds: _Seeds = 1, # how many
     methods: _AuditedMethods = '', # slugs with commas
     device: Device = 'auto', # where to compute
+    as_json: Json = False, # whether a program reads it
 ):
     "Accuracy with true, paraphrased, shuffled, random and empty descriptions."
     from hyperclip_nb.lab import text_audit as audit
@@ -76,7 +83,8 @@ def audit_text(
     table = table.assign(difference=[_interval(row) for row in found.itertuples()])
     title = 'Does the text matter? Test accuracy (%), and its difference to the true '
     title += 'description'
-    _report(found, table, audit.text_figure(found), out/'audit-text', title)
+    figure = audit.text_figure(found)
+    _report(found, table, figure, out/'audit-text', title, as_json)
 
 def _interval(row):
     "A difference and its interval as text"
@@ -84,11 +92,12 @@ def _interval(row):
     return f'{row.difference:+.1f} [{low:+.1f}, {high:+.1f}]'
 
 # %% ../../nbs/command/71_cli_audits.ipynb #6ecc42ed
-@audit_app.command('memory')
+@add_command(audit_app, 'memory')
 def audit_memory(
     out: _OutFolder, # of the experiment
     seeds: _Seeds = 1, # how many
     device: Device = 'auto', # where to compute
+    as_json: Json = False, # whether a program reads it
 ):
     "Distance of written networks to training networks, and overlap of their mistakes."
     from hyperclip_nb.lab import memory_audit as audit
@@ -97,15 +106,17 @@ def audit_memory(
     candidates = found.groupby('candidate', sort=False)
     table = candidates[['distance', 'overlap', 'accuracy']].mean().reset_index()
     title = 'Is it memorised? Means over test tasks'
-    _report(found, table, audit.memory_figure(found), out/'audit-memory', title)
+    figure = audit.memory_figure(found)
+    _report(found, table, figure, out/'audit-memory', title, as_json)
 
 # %% ../../nbs/command/71_cli_audits.ipynb #3be9b013
-@audit_app.command('calibration')
+@add_command(audit_app, 'calibration')
 def audit_calibration(
     out: _OutFolder, # of the experiment
     seeds: _Seeds = 1, # how many
     methods: _AuditedMethods = '', # slugs with commas
     device: Device = 'auto', # where to compute
+    as_json: Json = False, # whether a program reads it
 ):
     "How often answers of each probability are right."
     from hyperclip_nb.lab import calibration_audit as audit
@@ -115,13 +126,14 @@ def audit_calibration(
     table = audit.calibration_error(found)
     figure = audit.calibration_figure(found)
     title = 'Can its probabilities be believed? Percent, on query images of test tasks'
-    _report(found, table, figure, out/'audit-calibration', title)
+    _report(found, table, figure, out/'audit-calibration', title, as_json)
 
 # %% ../../nbs/command/71_cli_audits.ipynb #e5794c95
 def laboratory(
     out: _OutFolder, # of the experiment
     seeds: _Seeds = 1, # how many
     device: Device = 'auto', # where to compute
+    as_json: Json = False, # whether a program reads it
 ):
     """
     Every way to guide the tuned HyperLDM, every sampler and number of samples, on
@@ -132,13 +144,15 @@ def laboratory(
         found = sweeps.sweep(_open_run(out, bars, device), range(seeds))
     table = sweeps.best_settings(found)
     title = 'The three best settings of each bench, by accuracy (%) on validation tasks'
-    _report(found, table, sweeps.sweep_figure(found), out/'laboratory', title)
+    figure = sweeps.sweep_figure(found)
+    _report(found, table, figure, out/'laboratory', title, as_json)
 
 # %% ../../nbs/command/71_cli_audits.ipynb #01171cc8
 def sampler_steps(
     out: _OutFolder, # of the experiment
     seeds: _Seeds = 1, # how many
     device: Device = 'auto', # where to compute
+    as_json: Json = False, # whether a program reads it
 ):
     """
     How few steps the sampler needs: distance from the walk of 350 steps, and
@@ -150,13 +164,15 @@ def sampler_steps(
     _save_csv(found, out/'steps.csv')
     title = 'HyperLDM at γ = 1.5: distance of latents from those of 350 steps, '
     title += 'accuracy (%)'
-    print_table(steps_table(found), title, f'Every seed is in {out}/steps.csv')
+    note = f'Every seed is in {out}/steps.csv'
+    _print(steps_table(found), title, note, as_json)
 
 # %% ../../nbs/command/71_cli_audits.ipynb #a8fe4b52
 def ensemble(
     out: _OutFolder, # of the experiment
     seeds: _Seeds = 3, # how many
     device: Device = 'auto', # where to compute
+    as_json: Json = False, # whether a program reads it
 ):
     "Networks of several trainings that answer a question together."
     from hyperclip_nb.lab import ensembles
@@ -166,4 +182,5 @@ def ensemble(
     teams = found.groupby('team', sort=False)
     table = teams[['networks', 'accuracy']].mean().reset_index()
     title = f'Accuracy (%) on test tasks, {seeds} seeds'
-    print_table(table, title, f'The accuracy of every task is in {out}/ensemble.csv')
+    note = f'The accuracy of every task is in {out}/ensemble.csv'
+    _print(table, title, note, as_json)

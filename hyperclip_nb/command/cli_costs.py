@@ -10,7 +10,7 @@ import json
 from typing import Annotated
 from typer import Option
 from hyperclip_nb.command.console import (
-    DataFolder, Device, Gammas, Json, MethodNames, Seeds, Shares, method_slugs,
+    DataFolder, Device, Gammas, Json, MethodNames, Seeds, Shares, console, method_slugs,
     parse_names, parse_numbers, pick_device, print_table, progress_bars, say, tracker,
 )
 
@@ -109,6 +109,7 @@ def show_plan(
     width:int, # of CLIP
     device:str, # cpu or cuda
     as_json:bool=False, # whether a program reads it
+    to=console, # where it is printed: results, or `notes` on the way to others
 ):
     "Print what each stage needs, beside what there is"
     from hyperclip_nb.lab import costs
@@ -122,19 +123,20 @@ def show_plan(
     gflops, traffic = machine['flops']/1e9, machine['bytes']/1e9
     rates = f'{gflops:,.0f} GFLOP/s, {traffic:,.0f} GB/s, {free:.1f} GiB free'
     rows = table.rename_axis('stage').reset_index()
-    print_table(rows, f'{preset} on {device}: {rates}')
-    _say_whether_it_fits(table, free, device)
+    print_table(rows, f'{preset} on {device}: {rates}', to=to)
+    _say_whether_it_fits(table, free, device, to)
 
-def _say_whether_it_fits(table, free, device):
+def _say_whether_it_fits(table, free, device, to):
     "Print which stages need more memory than there is, or the least time of all"
     too_large = table.index[table['memory (GiB)'] > free].tolist()
     if too_large:
-        say(f'Does not fit into the memory of {device}: {", ".join(too_large)}')
+        say(f'Does not fit into the memory of {device}: {", ".join(too_large)}', to)
         return
     minutes = f'{table["minutes at best"].sum():,.0f} minutes'
     say(
         f'Each stage fits by itself. Not less than {minutes}, with every product at '
-        'full speed; small ones run at a fraction of it'
+        'full speed; small ones run at a fraction of it',
+        to,
     )
 
 # %% ../../nbs/command/72_cli_costs.ipynb #00ad5c5e

@@ -7,21 +7,18 @@ __all__ = ['data_app', 'download', 'sample', 'build', 'stats', 'features']
 
 # %% ../../nbs/command/70_cli_data.ipynb #672d4049
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
-from typer import Argument, Option, Typer
+from typer import Argument, Option
 from hyperclip_nb.command.console import (
-    Device, Json, pick_device, print_table, progress_bars, say, tracker,
+    Device, Json, add_command, command_group, pick_device, print_json, print_table,
+    progress_bars, say, tracker,
 )
 
 # %% ../../nbs/command/70_cli_data.ipynb #ddf581de
-data_app = Typer(
-    help='Data sets of questions about photographs: '
-         'download, tasks, statistics, features.',
-    rich_markup_mode=None,
-    no_args_is_help=True,
+data_app = command_group(
+    'Data sets of questions about photographs: download, tasks, statistics, features.'
 )
 
 # %% ../../nbs/command/70_cli_data.ipynb #8d30f384
@@ -38,7 +35,7 @@ _VQAFolder = Annotated[Path, Option(
 _NewTaskFolder = Annotated[Path, Option(help='folder for the tasks')]
 
 # %% ../../nbs/command/70_cli_data.ipynb #94ca6d17
-@data_app.command()
+@add_command(data_app, 'download')
 def download(
     what: _ArchiveName, # to fetch
     to: _ArchiveFolder, # of archives and their files
@@ -66,7 +63,7 @@ def _bytes_tracker(bars):
     return track
 
 # %% ../../nbs/command/70_cli_data.ipynb #e9e39c67
-@data_app.command()
+@add_command(data_app, 'sample')
 def sample(
     to: _SampleFolder, # of the files
 ):
@@ -77,7 +74,7 @@ def sample(
     say(f'A small data set is in {to}; next: {next_step}')
 
 # %% ../../nbs/command/70_cli_data.ipynb #22a4aff2
-@data_app.command()
+@add_command(data_app, 'build')
 def build(
     vqa: _VQAFolder, # of questions and annotations
     to: _NewTaskFolder, # of the tasks
@@ -95,7 +92,7 @@ def build(
 _TaskFolder = Annotated[Path, Argument(help='folder of tasks')]
 
 # %% ../../nbs/command/70_cli_data.ipynb #e823cc71
-@data_app.command()
+@add_command(data_app, 'stats')
 def stats(
     folder: _TaskFolder, # of tasks
     as_json: Json = False, # whether a program reads them
@@ -105,7 +102,7 @@ def stats(
     table = metavqa.stats(metavqa.load_metavqa(folder))
     if as_json:
         columns = {part: column.dropna().to_dict() for part, column in table.items()}
-        print(json.dumps(columns))
+        print_json(columns)
         return
     text = table.map(_short_number).rename_axis('').reset_index()
     note = 'support, query, answers: means over tasks. chance, majority (the most '
@@ -135,7 +132,7 @@ _BatchSize = Annotated[int, Option(min=1, help='images at a time')]
 _Workers = Annotated[int, Option(min=0, help='processes that decode images')]
 
 # %% ../../nbs/command/70_cli_data.ipynb #4bc16793
-@data_app.command()
+@add_command(data_app, 'features')
 def features(
     folder: _FeatureFolder, # of tasks
     images: _ImageFolder, # of image files

@@ -7,6 +7,7 @@ __all__ = ['task_figure', 'answer_figure', 'save_figure', 'draw_all']
 
 # %% ../../nbs/lab/54_figures.ipynb #597cc4dc
 import io
+from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,6 +18,7 @@ from ..data.tasks import Task
 from ..data.scenes import Scenes
 from ..data.drawing import render
 from .methods import sample_ours
+from .history import curves_figure, read_curves
 from .experiments import Experiment
 from .curves import GUIDED, SHARED
 from .curves import descriptor_figure, few_shot_figure, gamma_figure
@@ -93,32 +95,42 @@ def save_figure(
     plt.close(fig)
 
 # %% ../../nbs/lab/54_figures.ipynb #76544814
-def _figures(experiment): # yields name and figure
+def _figures(experiment): # yields name and a function that draws it
     "Every figure that the methods of an experiment allow"
     results, run = experiment.results, experiment.run
     tasks, methods = run.tasks['test'], set(experiment.config['methods'])
     if run.world:
         largest = max(tasks, key=lambda task: len(task.pairs))
-        yield 'task', task_figure(largest, run.world.scenes)
+        yield 'task', partial(task_figure, largest, run.world.scenes)
     if methods & set(GUIDED):
-        yield 'gamma', gamma_figure(results)
+        yield 'gamma', partial(gamma_figure, results)
     if len(experiment.config['shares']) > 1 and methods & set(SHARED):
-        yield 'descriptors', descriptor_figure(results)
+        yield 'descriptors', partial(descriptor_figure, results)
     if methods & {'clip', 'multitask', 'mnet-maml'} and run.settings['shots']:
-        yield 'few_shot', few_shot_figure(results)
+        yield 'few_shot', partial(few_shot_figure, results)
     if run.world and {'hvae-hyperldm-ours', 'multitask'} <= methods:
         spread = np.linspace(0, len(tasks) - 1, 4).round().astype(int)
-        yield 'answers', answer_figure(experiment, spread.tolist())
+        yield 'answers', partial(answer_figure, experiment, spread.tolist())
     if 'hvae-hyperclip' in methods:
         train = run.data['train']
-        yield 'questions', question_figure(train.e, train.tasks)
-        yield 'inference', inference_figure(infer(experiment), tasks)
-        yield 'path', path_figure(experiment)
+        yield 'questions', partial(question_figure, train.e, train.tasks)
+        yield 'inference', partial(_inference, experiment, tasks)
+        yield 'path', partial(path_figure, experiment)
+    if run.folder and read_curves(run.folder):
+        yield 'training', partial(curves_figure, run.folder)
+
+def _inference(experiment, tasks):
+    return inference_figure(infer(experiment), tasks)
 
 def draw_all(
     experiment:Experiment, # whose figures are drawn
     out, # folder
-):
+)->dict: # name of a figure that could not be drawn -> why
     "Draw every figure that an experiment allows into a folder"
-    for name, fig in _figures(experiment):
-        save_figure(fig, Path(out)/name)
+    failed = {}
+    for name, draw in _figures(experiment):
+        try:
+            save_figure(draw(), Path(out)/name)
+        except Exception as problem: # it takes nothing away from the others
+            failed[name] = f'{type(problem).__name__}: {problem}'
+    return failed

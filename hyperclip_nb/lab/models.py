@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..data.batches import TaskData
 from ..data.tasks import has_descriptor
 from ..base.adapt import adapt_all
-from ..base.training import bf16_autocast
+from ..base.training import bf16_autocast, record_trainings
 from ..language.whitening import fit_whitening
 from .settings import setting
 from .runs import Run
+from .history import save_curves
 
 # %% ../../nbs/lab/41_models.ipynb #e3e3cb32
 STREAMS = {} # name of a stage, or of something else that draws -> its number
@@ -177,7 +178,16 @@ def _trained(models, stage):
     if stage.reads_questions:
         name += f'-{100*models.share:g}' + '-white'*models.white
     untrained = stage.untrained and functools.partial(stage.untrained, models)
-    return models.run.keep(name, functools.partial(_train, models, stage), untrained)
+    train = functools.partial(_train_recorded, models, stage, name)
+    return models.run.keep(name, train, untrained)
+
+def _train_recorded(models, stage, name):
+    "A part that is trained now; how that went is kept beside it"
+    with record_trainings() as trainings:
+        part = _train(models, stage)
+    if models.run.folder:
+        save_curves(models.run.folder, name, trainings)
+    return part
 
 def _train(models, stage):
     _check_settings(models, stage)

@@ -21,6 +21,7 @@ class Parts:
         self.folder = Path(folder) if folder else None
         self.device = device
         self.parts = {}
+        self.may_train = True # False: what is in no file is a mistake
 
     def keep(self,
         name:str, # of the part, and of its file
@@ -33,6 +34,7 @@ class Parts:
             if file and file.exists():
                 self.parts[name] = _read_part(file, untrained, self.device)
             else:
+                _check_may_train(self.may_train, file)
                 self.parts[name] = train()
                 if file:
                     _write_part(file, self.parts[name])
@@ -49,6 +51,11 @@ class Parts:
             yield seed
 
 # %% ../../nbs/lab/39_parts.ipynb #1cff67a7
+def _check_may_train(may_train, file):
+    if not may_train:
+        advice = 'start again what makes it'
+        raise ValueError(f'{file} is missing, and nothing may be trained: {advice}')
+
 def _write_part(file, part):
     tensors = dict(value=part) if isinstance(part, Tensor) else part.state_dict()
     write_tensors(file, tensors)

@@ -7,20 +7,18 @@ __all__ = ['Experiment', 'save_results', 'read_results']
 
 # %% ../../nbs/lab/48_reports.ipynb #76ddfeff
 import json
-import platform
-import subprocess
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
-import torch
 from safetensors.numpy import load_file, save
-import hyperclip_nb
-from .. import __version__
 from ..data.files import atomic_write
 from ..writer.writer import save_hyperldm, save_tuned
 from .runs import Run
-from .stages import Models
+from .changes import changed_settings
+from .stages import PRESETS, Models
+from .versions import versions
 from .rows import SCORES
 from .stats import best_gamma, find_rows, summary
 from .tables import table1, table4
@@ -69,21 +67,32 @@ def _mean(accuracies):
     return dict(accuracy=round(float(np.mean(accuracies)), 4), tasks=len(accuracies))
 
 # %% ../../nbs/lab/48_reports.ipynb #3f583c7d
-def _command(config):
+def _command(
+    config, # of a grid
+    data=None, # its folder of tasks, as it was typed
+):
     "The shell command that makes a grid again"
     if 'data' in config:
-        source = f'--data {config["data"]}'
+        source = f'--data {shlex.quote(str(data))}'
     else:
         split = config['settings']['world']['split']
         source = f'--world-seed {config["world_seed"]} --split {split}'
     seeds = config['seeds']
+    changed = [f' --set {shlex.quote(text)}' for text in _changed(config)]
     return (
         f'hyperclip reproduce --preset {config["preset"]} {source} '
         f'--seed {seeds[0]} --seeds {len(seeds)} '
         f'--descriptors {_comma_separated(config["shares"])} '
         f'--methods {_comma_separated(config["methods"])} '
-        f'--gamma {_comma_separated(config["gammas"])}'
+        f'--gamma {_comma_separated(config["gammas"])}' + ''.join(changed)
     )
+
+def _changed(config):
+    "What its settings change of their preset, but for what has an option of its own"
+    if config['preset'] not in PRESETS:
+        return []
+    texts = changed_settings(config['settings'], PRESETS[config['preset']])
+    return [text for text in texts if not text.startswith('world.split=')]
 
 def _comma_separated(values):
     return ','.join(map(_as_word, values))
@@ -91,31 +100,19 @@ def _comma_separated(values):
 def _as_word(value):
     return f'{value:g}' if isinstance(value, float) else str(value)
 
-# %% ../../nbs/lab/48_reports.ipynb #d54e3e6e
-def _versions():
-    "Versions of what a grid was made with"
-    versions = dict(hyperclip_nb=__version__, torch=torch.__version__)
-    return versions | dict(python=platform.python_version(), commit=_commit())
-
-def _commit():
-    "The commit of the checkout that this runs from, or None"
-    folder = Path(hyperclip_nb.__file__).parent
-    command = ['git', '-C', folder, 'rev-parse', 'HEAD']
-    run = subprocess.run(command, capture_output=True, text=True)
-    return run.stdout.strip() or None
-
 # %% ../../nbs/lab/48_reports.ipynb #a29ddde1
-def _as_json(results):
+def _as_json(results, data):
     "The text of results.json"
     config = results['config']
     valid = []
     for row, accuracies in zip(results['rows'], results['valid']):
         valid.append(row | _mean(accuracies))
     chosen = dict(gamma=best_gamma(results))
-    sections = dict(command=json.dumps(_command(config)), config=json.dumps(config))
+    command = _command(config, data)
+    sections = dict(command=json.dumps(command), config=json.dumps(config))
     sections |= dict(rows=_line_by_line(results['rows']))
     sections |= dict(validation=_line_by_line(valid), chosen=json.dumps(chosen))
-    sections |= dict(versions=json.dumps(_versions()))
+    sections |= dict(versions=json.dumps(versions()))
     lines = [f'"{name}": {text}' for name, text in sections.items()]
     return '{' + ',\n '.join(lines) + '}\n'
 
@@ -133,7 +130,7 @@ def save_results(
     results = done.results
     arrays = {name: results[name] for name in (*SCORES, 'concepts') if name in results}
     means = summary(results).to_csv(index=False, float_format='%.4f')
-    atomic_write(out/'results.json', _as_json(results))
+    atomic_write(out/'results.json', _as_json(results, done.run.source.folder))
     atomic_write(out/'results.csv', pd.DataFrame(results['rows']).to_csv(index=False))
     atomic_write(out/'per_task.safetensors', save(arrays))
     atomic_write(out/'summary.csv', means)

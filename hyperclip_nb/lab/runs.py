@@ -8,9 +8,10 @@ __all__ = ['Run']
 # %% ../../nbs/lab/40_runs.ipynb #7cc75768
 import functools
 import json
+import os
 from pathlib import Path
 import torch
-from ..data.files import digest, write_json
+from ..data.files import digest, remove_unfinished, write_json
 from ..data.batches import TaskData, all_texts
 from ..data.world import make_world
 from ..data.metavqa import load_metavqa, split_valid, unseen_queries
@@ -19,6 +20,7 @@ from ..vision.features import encode_world
 from ..vision.photographs import drop_images, image_ids, open_features
 from ..base.adapter import Adapter
 from .parts import Parts
+from .versions import versions
 
 # %% ../../nbs/lab/40_runs.ipynb #aea555a1
 def _check_same(folder, config):
@@ -31,8 +33,9 @@ def _check_same(folder, config):
     except ValueError as e:
         advice = 'give another folder, or remove this one'
         raise ValueError(f'{file} is damaged ({e}): {advice}') from None
+    _check_equal(folder, 'source of tasks', _source_of(found), _source_of(config))
     for name, new in config.items():
-        if name != 'settings':
+        if name not in ('settings', 'data') and (name in found or name != 'tasks'):
             _check_equal(folder, name, found.get(name), new)
     settings = found.get('settings', {})
     for name, new in config['settings'].items():
@@ -45,21 +48,18 @@ def _check_equal(folder, what, old, new):
         problem = f'{folder} holds an experiment with another {what} ({difference})'
         raise ValueError(f'{problem}: give another folder')
 
+def _source_of(config):
+    return 'files' if 'data' in config else 'a world'
+
 def _shortened(value):
     text = str(value)
     return text if len(text) < 60 else f'{text[:56]} …'
 
-# %% ../../nbs/lab/40_runs.ipynb #0a0906d5
-def _remove_unfinished(folder):
-    "Remove what processes that are gone have left half-written in a folder"
-    for file in folder.rglob('.*.part'):
-        process = file.name.split('.')[-2]
-        if not Path(f'/proc/{process}').exists():
-            file.unlink(missing_ok=True)
-
 # %% ../../nbs/lab/40_runs.ipynb #6fe2d5d1
 class _WorldTasks:
     "Tasks about an embedded world"
+    folder = None
+
     def __init__(self, seed, settings, clip, device):
         self.seed = seed
         self.settings = settings
@@ -93,7 +93,8 @@ class _FileTasks:
         self.tasks = dict(train=train, valid=valid, test=tasks['test'])
         model = dict(name=index['clip'], fingerprint=index['fingerprint'])
         content = _tasks_digest(self.tasks)
-        self.config = dict(data=str(folder.resolve()), tasks=content, clip=model)
+        self.folder = folder
+        self.config = dict(data=folder.as_posix(), tasks=content, clip=model)
 
     def load(self,
         folder, # that keeps features, or None
@@ -133,10 +134,20 @@ def _task_source(data, world_seed, world, clip, device):
         return _FileTasks(Path(data), device)
     return _WorldTasks(world_seed, world, clip, device)
 
-def _config(preset, source, settings):
+def _config(preset, source, settings, folder):
     "What is said about a run in its folder"
     plain = json.loads(json.dumps(settings)) # with lists for tuples, as it is read
-    return dict(preset=preset, **source.config, settings=plain)
+    config = dict(preset=preset, **source.config, settings=plain)
+    if folder and 'data' in config:
+        config['data'] = _seen_from(folder, Path(config['data']))
+    return config
+
+def _seen_from(folder, path):
+    "A path as it is written in a folder: relative, where the drive is the same"
+    try:
+        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+    except ValueError:
+        return path.resolve().as_posix()
 
 def _task_data(tasks, features, device):
     "The tasks of each part with their features"
@@ -150,16 +161,26 @@ def _stored_arguments(folder):
     "What a run was made with, from its folder; ValueError where there is none"
     try:
         config = json.loads((Path(folder)/'config.json').read_text())
-        return dict(
+        arguments = dict(
             settings=_with_tuples(config['settings']),
             preset=config['preset'],
             world_seed=config.get('world_seed', 0),
             clip=config['clip']['name'],
-            data=config.get('data'),
         )
+        data = config.get('data')
     except (OSError, ValueError, KeyError, TypeError):
         advice = f'make one with hyperclip reproduce --out {folder}'
         raise ValueError(f'{folder} holds no experiment: {advice}') from None
+    return arguments | dict(data=data and _stored_data(Path(folder), data))
+
+def _stored_data(folder, path):
+    "Where the tasks of a run lie that come from files"
+    if not (folder/path).is_dir():
+        problem = f'the tasks of {folder} were in {folder/path} and are not there'
+        advice = 'say where they are now: hyperclip reproduce with the same words, but '
+        advice += f'--data NEW --out {folder}'
+        raise ValueError(f'{problem}; {advice}')
+    return folder/path
 
 def _with_tuples(value):
     "Something out of a JSON file, with tuples for its lists"
@@ -168,6 +189,16 @@ def _with_tuples(value):
     if isinstance(value, list):
         return tuple(map(_with_tuples, value))
     return value
+
+# %% ../../nbs/lab/40_runs.ipynb #3836531f
+def _write_config(folder, config):
+    "Write what a run was made from, and add the versions of this process"
+    file = folder/'config.json'
+    known = json.loads(file.read_text()).get('versions', []) if file.exists() else []
+    mine = versions()
+    if mine not in known:
+        known = [*known, mine]
+    write_json(file, config | dict(versions=known), indent=1)
 
 # %% ../../nbs/lab/40_runs.ipynb #11870cba
 class Run(Parts):
@@ -186,16 +217,18 @@ class Run(Parts):
         self.settings = settings
         self.track = track
         self.source = _task_source(data, world_seed, settings['world'], clip, device)
-        self.config = _config(preset, self.source, settings)
+        self.config = _config(preset, self.source, settings, self.folder)
         if self.folder:
-            _remove_unfinished(self.folder)
+            remove_unfinished(self.folder)
             _check_same(self.folder, self.config)
         self.tasks, features = self.source.load(self.folder, self._features_progress)
         self.world = self.source.world # None where tasks come from files
         self.data = _task_data(self.tasks, features, device)
         self.adapter = Adapter(features.image.shape[1], **settings['adapter'])
+        self.config['tasks'] = _tasks_digest(self.tasks)
         if self.folder:
-            write_json(self.folder/'config.json', self.config, indent=1)
+            _check_same(self.folder, self.config)
+            _write_config(self.folder, self.config)
 
     def _features_progress(self, steps):
         return self.track(steps, 'features')
