@@ -34,7 +34,10 @@ setup(
     package_data={cfg['lib_path']: ['assets/*']},
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={
+        name.removesuffix('_requirements'): cfg[name].split()
+        for name in cfg if name.endswith('_requirements')
+    },
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f'{lib}={lib}._modidx:d'],

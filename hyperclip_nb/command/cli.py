@@ -19,7 +19,7 @@ from hyperclip_nb.command.console import (
     DataFolder, Device, Gammas, MethodNames, Seeds, Shares, method_slugs, parse_numbers,
     pick_device, print_table, progress_bars, say, tracker,
 )
-from .cli_ask import ask_command
+from .cli_ask import ask_command, show
 from hyperclip_nb.command.cli_audits import (
     audit_app, ensemble, laboratory, sampler_steps,
 )
@@ -51,7 +51,6 @@ _Again = Annotated[bool, Option(
     '--again', help='train and measure anew what the folder already holds',
 )]
 _ClipName = Annotated[str, Option(help='tiny, or MODEL:PRETRAINED of open_clip')]
-
 
 # %% ../../nbs/command/68_cli.ipynb #c1612493
 def reproduce(
@@ -182,6 +181,7 @@ COMMANDS = {
     'steps': sampler_steps,
     'ensemble': ensemble,
     'ask': ask_command,
+    'show': show,
     'plan': plan,
     'bench': bench,
     'threads': threads,
