@@ -35,8 +35,8 @@ setup(
     python_requires=f'>={cfg["min_python"]}',
     install_requires=cfg['requirements'].split(),
     extras_require={
-        'dev': cfg['dev_requirements'].split(),
-        'tensorboard': cfg['tensorboard_requirements'].split(),
+        name.removesuffix('_requirements'): cfg[name].split()
+        for name in cfg if name.endswith('_requirements')
     },
     entry_points={
         'console_scripts': cfg['console_scripts'].split(),

@@ -152,18 +152,25 @@ def test_a_tuned_model_comes_back_with_its_whitening(tuned):
     adapter2, model, whiten2, facts = load_tuned(path)
     assert adapter2 == adapter and facts == dict(clip='a clip', gamma=2.)
     assert torch.allclose(whiten2(e), whiten(e), atol=.05)
-    _, write, _ = load_writer(path)
-    assert torch.equal(write(e, 2., seed()), model.sample(whiten2(e), seed(), 8, 2.))
-    assert not torch.allclose(write(e, 2., seed()), write(e, 0., seed()))
+    _, walk, _ = load_writer(path)
+    noise = torch.randn(7, 8, Z, generator=seed())
+    W = walk(e, 2., noise)
+    assert torch.equal(W, model.sample(whiten2(e), seed(), 8, 2.))
+    assert not torch.allclose(W, walk(e, 0., noise))
+    assert torch.equal(walk.noise(seed=3), torch.randn(8, Z, generator=seed(3)))
 
 
 def test_a_plain_model_is_a_writer_too(path):
     e = torch.randn(7, D, generator=seed(6))
     _, hvae, ldm, _ = load_hyperldm(path)
-    _, write, facts = load_writer(path)
+    _, walk, facts = load_writer(path)
     assert facts == dict(clip='abc', gamma=1.5)
     expected = hvae.decode(ldm.sample(e, 1.5, seed()))
-    assert torch.equal(write(e, 1.5, seed()), expected)
+    noise = torch.randn(7, 1, Z, generator=seed())
+    assert torch.equal(walk(e, 1.5, noise), expected)
+    three = torch.randn(7, 3, Z, generator=seed())
+    singles = [walk(e, 1.5, three[:, [k]]) for k in range(3)]
+    torch.testing.assert_close(walk(e, 1.5, three), sum(singles)/3)
 
 
 def test_damaged_files_are_named(tuned):

@@ -19,7 +19,7 @@ from .. import __version__
 from hyperclip_nb.command.console import (
     HELP_NAMES, accept_any_text, add_command, progress_bars, say, tracker,
 )
-from .cli_ask import ask_command
+from .cli_ask import ask_command, show
 from hyperclip_nb.command.cli_audits import (
     audit_app, ensemble, laboratory, sampler_steps,
 )
@@ -84,6 +84,7 @@ COMMANDS = {
     'steps': sampler_steps,
     'ensemble': ensemble,
     'ask': ask_command,
+    'show': show,
     'plan': plan,
     'bench': bench,
     'threads': threads,

@@ -106,9 +106,17 @@ def write_tensors(
     tensors:dict, # name -> tensor
     metadata:dict=None, # what the file says about itself: name -> text
 ):
-    "Write tensors as safetensors, whole or not at all"
+    "Write tensors as safetensors, whole or not at all; equal content, equal bytes"
     tensors = {name: x.contiguous() for name, x in tensors.items()}
-    atomic_write(path, save(tensors, metadata))
+    atomic_write(path, _header_in_order(save(tensors, metadata)))
+
+def _header_in_order(data):
+    "The same file of safetensors, the names in its header sorted"
+    end = 8 + int.from_bytes(data[:8], 'little')
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
+    header += b' '*(-len(header) % 8) # tensors begin at a multiple of eight bytes
+    size = len(header).to_bytes(8, 'little')
+    return b''.join([size, header, memoryview(data)[end:]])
 
 def read_tensors(
     path, # a file of safetensors
@@ -116,12 +124,12 @@ def read_tensors(
     "What `write_tensors` wrote; the errors are those of safetensors"
     with safe_open(path, 'pt') as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-        return tensors, file.metadata() or {}
+        return tensors, dict(sorted((file.metadata() or {}).items()))
 
 def read_metadata(path)->dict: # file of safetensors -> its metadata, name -> text
     "What a file says about itself, without its tensors"
     with safe_open(path, 'pt') as file:
-        return file.metadata() or {}
+        return dict(sorted((file.metadata() or {}).items()))
 
 # %% ../../nbs/data/00_files.ipynb #d84a12c0
 _MISMATCH = dict(

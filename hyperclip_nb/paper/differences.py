@@ -29,7 +29,7 @@ class Difference(NamedTuple):
 TASKS = (
     Difference(
         'images of a task in a step', 'all of its data (A.6)', 'at most 64',
-        'steps of equal size; few tasks are larger',
+        'steps of equal size',
         dict(cond_multitask=dict(images=10_000)), 'cond-multitask',
     ),
     Difference(

@@ -57,6 +57,14 @@ class Clip:
     width:int # D, width of its vectors
     device:str = 'cpu' # where it computes
 
+    @property
+    def settings(self):
+        "What matters beside weights: activations, and how pictures are made ready"
+        names = {type(module).__name__ for module in self.model.modules()}
+        activations = sorted(name for name in names if name.endswith(('ELU', 'ELu')))
+        preprocess = getattr(self.model.visual, 'preprocess_cfg', {})
+        return dict(activations=activations, **preprocess)
+
     def pixels(self,
         images, # PIL images, or uint8 pictures (n,H,W,3)
     )->Tensor: # (n,3,H,W)
