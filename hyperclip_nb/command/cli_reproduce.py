@@ -182,8 +182,8 @@ def _facts(done, out):
     from hyperclip_nb.lab.tables import table1, table4, verdict
     tables = dict(table1=table1(done.results), table4=table4(done.results))
     facts = {name: as_records(table) for name, table in tables.items()}
-    verdict = verdict(done.results)
-    return facts | dict(verdict=verdict, gamma=done.gamma, folder=str(out))
+    facts |= dict(verdict=verdict(done.results), gamma=done.gamma, folder=str(out))
+    return facts | dict(rows=done.results['rows'])
 
 # %% ../../nbs/command/96_cli_reproduce.ipynb #a5d96408
 def _print_results(done, out):
