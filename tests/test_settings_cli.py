@@ -175,11 +175,10 @@ def test_data_may_be_moved(hyperclip, tmp_path, monkeypatch):
     tasks = Path('elsewhere/meta_train.json')
     content = json.loads(tasks.read_text())
     shutil.copytree('elsewhere', 'changed')
-    key = next(key for key, value in content.items() if isinstance(value, list))
-    content[key] = content[key][::-1]
+    content.pop(next(iter(content)))
     Path('changed/meta_train.json').write_text(json.dumps(content))
     code, _, err = hyperclip(*words, '--data', 'changed')
-    assert code == 2 and 'another tasks' in err
+    assert code == 2 and ('content of tasks' in err or 'made for' in err)
 
 
 def test_curves_of_a_run(whole):

@@ -9,6 +9,7 @@ __all__ = ['console', 'notes', 'say', 'note', 'keep_quiet', 'in_encoding', 'acce
 # %% ../../nbs/command/96_streams.ipynb #a507fbed
 import json
 import sys
+from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import (
     BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn,
@@ -121,9 +122,10 @@ def as_records(
     return json.loads(frame.to_json(orient='records'))
 
 # %% ../../nbs/command/96_streams.ipynb #5de205a0
+@contextmanager
 def progress_bars():
-    "A block in which progress bars are shown"
-    return Progress(
+    "A block in which progress bars are shown, where there is a terminal for them"
+    bars = Progress(
         TextColumn('{task.description:16}', markup=False),
         BarColumn(),
         MofNCompleteColumn(),
@@ -131,6 +133,11 @@ def progress_bars():
         console=notes,
         redirect_stdout=False,
     )
+    if not notes.is_interactive: # Rich would leave an empty line
+        yield bars
+        return
+    with bars:
+        yield bars
 
 def tracker(bars): # what `progress_bars` gave
     "A function `track(steps, what)` that shows a bar while steps are taken"

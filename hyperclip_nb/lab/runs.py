@@ -36,7 +36,8 @@ def _check_same(folder, config):
     _check_equal(folder, 'source of tasks', _source_of(found), _source_of(config))
     for name, new in config.items():
         if name not in ('settings', 'data') and (name in found or name != 'tasks'):
-            _check_equal(folder, name, found.get(name), new)
+            what = 'content of tasks' if name == 'tasks' else name
+            _check_equal(folder, what, found.get(name), new)
     settings = found.get('settings', {})
     for name, new in config['settings'].items():
         if name in settings:
