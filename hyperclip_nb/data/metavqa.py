@@ -71,11 +71,12 @@ def build_tasks(
     images = sorted(set(asked.image))
     number = {name: i for i, name in enumerate(images)}
     asked = _eligible(_without_blanks(asked))
+    asked = asked.assign(number=asked.image.map(number)) # all at once: see the text
     tasks = {}
     for question, rows in asked.groupby('question', sort=False):
         labels, names = pd.factorize(rows.answer)
         task = make_task(
-            question, statement(question), rows.image.map(number).to_numpy(), labels,
+            question, statement(question), rows.number.to_numpy(), labels,
             list(names), rng, concept=question, smallest=21,
         )
         if task:
@@ -88,6 +89,8 @@ def build_tasks(
 
 # %% ../../nbs/data/10_metavqa.ipynb #0b07faa2
 _FILES = dict(train='meta_train.json', test='meta_test.json')
+_VALID = dict(valid='meta_valid.json') # only where somebody chose validation tasks
+_PROMPTS = 'prompt_meta.json'
 
 def _as_json(data, task):
     "A task as the authors' files have it"
@@ -101,13 +104,19 @@ def save_metavqa(
     data:VQA, # tasks about named images
     folder, # where the files go
 ):
-    "Write tasks in the authors' layout"
-    prompts = {}
-    for part, file in _FILES.items():
-        tasks = {task.question: _as_json(data, task) for task in data.tasks[part]}
-        prompts |= {task.question: task.prompt for task in data.tasks[part]}
-        write_json(Path(folder)/file, tasks, ensure_ascii=False)
-    write_json(Path(folder)/'prompt_meta.json', prompts, ensure_ascii=False)
+    "Write tasks in the authors' layout, those to train on last"
+    folder = Path(folder)
+    parts, prompts = {}, {}
+    for part, tasks in data.tasks.items():
+        parts[part] = {task.question: _as_json(data, task) for task in tasks}
+        prompts |= {task.question: task.prompt for task in tasks}
+    for file in (_FILES | _VALID).values():
+        (folder/file).unlink(missing_ok=True)
+    write_json(folder/_PROMPTS, prompts, ensure_ascii=False)
+    for part in 'test', 'valid', 'train':
+        if part in parts:
+            file = (_FILES | _VALID)[part]
+            write_json(folder/file, parts[part], ensure_ascii=False)
 
 # %% ../../nbs/data/10_metavqa.ipynb #e9208326
 def _check_pairs(where, key, task):
@@ -146,23 +155,32 @@ def _check_task(where, task, prompt): # prompt: a text, or None
 
 # %% ../../nbs/data/10_metavqa.ipynb #fca48bf1
 def _read_parts(folder):
-    "The tasks of both files and their prompts, as they stand there"
-    found = {part: read_json(folder/file) for part, file in _FILES.items()}
-    prompt_file = folder/'prompt_meta.json'
+    "The tasks of all files and their prompts, as they stand there"
+    files = dict(_FILES)
+    if (folder/_VALID['valid']).exists():
+        files |= _VALID
+    found = {part: read_json(folder/file) for part, file in files.items()}
+    prompt_file = folder/_PROMPTS
     prompts = read_json(prompt_file) if prompt_file.exists() else {}
-    for part, fewest in ('train', 2), ('test', 1):
-        if len(found[part]) < fewest:
-            problem = f'holds {len(found[part])} tasks, too few'
-            raise ValueError(f'{folder/_FILES[part]} {problem}')
-    both = set(found['train']) & set(found['test'])
-    if both:
-        files = ' and in '.join(_FILES.values())
-        raise ValueError(f'{folder}: "{min(both)}" is both in {files}')
-    for part, file in _FILES.items():
+    _check_parts(folder, files, found)
+    for part, file in files.items():
         for question, task in found[part].items():
             where = f'{folder/file}: "{question}"'
             _check_task(where, task, prompts.get(question))
     return found, prompts
+
+def _check_parts(folder, files, found):
+    "ValueError where a file has too few tasks, or two have the same one"
+    home = {} # question -> the file that it was seen in
+    for part, file in files.items():
+        fewest = 2 if part == 'train' else 1
+        if len(found[part]) < fewest:
+            raise ValueError(f'{folder/file} holds {len(found[part])} tasks, too few')
+        both = set(found[part]) & set(home)
+        if both:
+            place = f'both in {home[min(both)]} and in {file}'
+            raise ValueError(f'{folder}: "{min(both)}" is {place}')
+        home |= dict.fromkeys(found[part], file)
 
 def _from_json(question, prompt, task, number): # number: image name -> position
     "A task of the authors' files as ours"
@@ -187,10 +205,10 @@ def load_metavqa(
     images = sorted(names)
     number = {name: i for i, name in enumerate(images)}
     parts = {}
-    for part in _FILES:
+    for part, tasks in found.items():
         parts[part] = [
             _from_json(question, prompts.get(question), task, number)
-            for question, task in found[part].items()
+            for question, task in tasks.items()
         ]
     return VQA(parts, images)
 

@@ -90,7 +90,9 @@ class _FileTasks:
         lost = image_ids(data.images, index['unreadable'])
         if lost:
             tasks = {part: drop_images(some, lost) for part, some in tasks.items()}
-        train, valid = split_valid(tasks['train'])
+        train, valid = tasks['train'], tasks.get('valid')
+        if not valid:
+            train, valid = split_valid(train)
         self.tasks = dict(train=train, valid=valid, test=tasks['test'])
         model = dict(name=index['clip'], fingerprint=index['fingerprint'])
         content = _tasks_digest(self.tasks)
