@@ -15,8 +15,8 @@ from hyperclip_nb.data.questions import (
     concepts, parse, possible_answers, to_text, true_answers,
 )
 from ..data.scenes import SKEW, prior, sample_scenes
-from .network import encode, network_probabilities, read_question
-from .pretrained import Writer
+from .network import encode, network_probabilities
+from .pretrained import Writer, read_question
 
 # %% ../../nbs/writer/37_ask.ipynb #59195206
 def draw_example(
