@@ -232,17 +232,18 @@ def _report_lost(tasks, names, lost):
 def _warn_alike(tasks, folder, names, clip):
     "Warn of answers, and of questions, that are one and the same vector"
     from hyperclip_nb.data.batches import all_texts
-    from hyperclip_nb.vision import photographs
-    features, _ = photographs.open_features(folder, names, all_texts(tasks))
+    from hyperclip_nb.vision.features import alike_answers, alike_questions
+    from hyperclip_nb.vision.photographs import open_features
+    features, _ = open_features(folder, names, all_texts(tasks))
     same = f'the same to the CLIP {clip}'
     remedy = 'use other words, or another --model'
-    answers = photographs.alike_answers(tasks, features)
+    answers = alike_answers(tasks, features)
     if answers:
         question, one, another = answers[0]
         example = f'"{one}" and "{another}" of "{question}"'
         problem = f'{len(answers)} of {len(tasks)} questions have answers that are'
         warnings.warn(f'{problem} {same}, such as {example}: {remedy}')
-    questions = photographs.alike_questions(tasks, features)
+    questions = alike_questions(tasks, features)
     if questions:
         example = ' and '.join(f'"{question}"' for question in questions[0])
         problem = f'{len(questions)} of {len(tasks)} questions are'
