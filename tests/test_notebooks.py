@@ -20,8 +20,24 @@ nbdev_export()
 '''
 
 
+@pytest.fixture
+def registers():
+    "What a notebook registers (stages, methods, presets) is forgotten after it"
+    from hyperclip_nb.lab import methods, models, settings
+    kept = [
+        (register, dict(register)) for register in (
+            models.STREAMS, models.STAGES, models.DERIVED, settings.SETTINGS,
+            settings._added, methods.METHODS,
+        )
+    ]
+    yield
+    for register, content in kept:
+        register.clear()
+        register.update(content)
+
+
 @each
-def test_runs(nb, capsys, monkeypatch):
+def test_runs(nb, capsys, monkeypatch, registers):
     monkeypatch.setenv('IN_TEST', '1')  # `test_nb` sets it and leaves it
     monkeypatch.setattr(sys, 'path', sys.path[:])
     with monkeypatch.context() as m:
@@ -53,6 +69,7 @@ def test_clean(nb, fresh):
 def modules(folder):
     "The source of each module, by its path"
     paths = sorted((folder/'hyperclip_nb').rglob('*.py'))
+    paths = [p for p in paths if p.name != '__main__.py'] # it runs, so no cell has it
     return {str(p.relative_to(folder)): p.read_text(encoding='utf-8') for p in paths}
 
 
