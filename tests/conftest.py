@@ -17,7 +17,9 @@ os.environ.setdefault('MPLBACKEND', 'agg')  # no display needed
 os.environ['IPYTHONDIR'] = tempfile.mkdtemp(prefix='ipython-')
 
 BY_ITSELF = 'test_notebooks', 'test_house' # files whose tests share nothing
-SLOW = 'test_experiments', 'test_protocol', 'test_data' # files that take a minute
+SLOW = ( # files that take a minute
+    'test_settings_cli', 'test_experiments', 'test_protocol', 'test_data', 'test_cli',
+)
 
 
 @pytest.hookimpl(optionalhook=True)
