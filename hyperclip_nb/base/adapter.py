@@ -158,6 +158,7 @@ network (float[N, D] images, float[A, D] answers) => (float[N, A] logits)
 }
 '''
 
+# %% ../../nbs/base/21_adapter.ipynb #3d555d7a
 def onnx_model(
     module:AdapterModule, # a network
     metadata:dict, # what its file says about itself: name -> text

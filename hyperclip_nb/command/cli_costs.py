@@ -68,6 +68,7 @@ def plan(
     device = pick_device(device)
     show_plan(preset, work, sizes, _width(width, preset), device, as_json)
 
+# %% ../../nbs/command/84_cli_costs.ipynb #ff0f0ce9
 def planned_work(
     preset:str, # name of the settings
     methods:str, # a group, or slugs with commas; '': as reproduce

@@ -53,6 +53,7 @@ def _with_quiet(function):
     command.__annotations__ = function.__annotations__ | dict(quiet=_Quiet)
     return command
 
+# %% ../../nbs/command/78_console.ipynb #fc8a05e9
 def command_group(
     text:str, # its help
 )->Typer:

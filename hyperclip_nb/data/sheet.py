@@ -193,6 +193,7 @@ def _note_changes(rows, mistakes):
                 problem = f'"{row.question}" has another {what} ("{new}", not "{old}")'
                 mistakes.add(row.line, problem, f'write what is in line {line}')
 
+# %% ../../nbs/data/13_sheet.ipynb #5ea43767
 def _note_twice(rows, mistakes):
     "Note pictures that a question is asked of twice"
     first = {}

@@ -235,6 +235,7 @@ _BYTES_HELD = dict( # of each parameter; 16: itself, its gradient, two moments
     cond_strong=36, # five networks are kept at once
 )
 
+# %% ../../nbs/lab/72_costs.ipynb #16678936
 def plan(
     preset:str, # a key of `PRESETS`
     width:int, # D, of CLIP

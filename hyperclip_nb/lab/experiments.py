@@ -50,6 +50,7 @@ def _look_up(job, run, gammas):
     share = job.share if METHODS[job.slug].reads_questions else 1.
     return file, known, grid_rows(job.slug, job.seed, share, gammas, run.settings)
 
+# %% ../../nbs/lab/59_experiments.ipynb #d8933b42
 def _summary_line(seed, share, title, rows):
     means = []
     for row in rows:

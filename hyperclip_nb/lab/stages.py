@@ -153,6 +153,7 @@ def paper_hyperldm(
     latents = encoded(models.paper_hvae, getattr(models, read))
     return train_hyperldm(*latents, models.train.e, **settings)[0]
 
+# %% ../../nbs/lab/51_stages.ipynb #d3106239
 @stage(
     seed=4, needs=('hvae',),
     default=dict(hidden=(256, 256, 256), kind='v', steps=1200, batch=128, lr=1e-3),

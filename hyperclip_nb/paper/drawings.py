@@ -96,6 +96,7 @@ def _overview_hvae(ax, y):
         L=(6.1, y, 'reconstruction\nand KL', 'loss'),
     ), ['V d z h W L'], [('D', 'V', dict(label='adapt')), *_back('L', 'h', 'd')])
 
+# %% ../../nbs/paper/87_drawings.ipynb #420ff5d3
 def _told(a, b):
     "An arrow upwards that brings the question's embedding"
     return a, b, dict(label='$e_i$', shift=(.16, 0))

@@ -87,6 +87,7 @@ def _loss_surface(ax):
     write(inner, (1.3, 1.52), r'loss $\mathcal{L}(\mathcal{D}_i)$ over weights $W$', 8)
     return [_on_sheet(ax, inner, point) for point in (descent[1], (led[0] + led[1])/2)]
 
+# %% ../../nbs/paper/88_pictures.ipynb #ab78f9c5
 def adaptation_diagram()->Figure:
     "Figure 1: gradient descent with data D_i, and a surrogate that reads t_i alone"
     ax = sheet('Weights go down a loss by gradients, or are led there by words', 3.9)

@@ -71,6 +71,7 @@ class Reply(NamedTuple):
     unknown_words:list # of question and answers, that the tiny CLIP was never taught
     weights:object # of the network (P,)
 
+# %% ../../nbs/writer/42_ask.ipynb #a99b0412
 def ask(
     question:str, # in words
     image, # PIL image

@@ -106,6 +106,7 @@ def _data(facts):
     lines += [f'{text}: `{facts[key]}`.' for key, text in names.items() if key in facts]
     return '\n'.join(f'- {line}' for line in lines)
 
+# %% ../../nbs/writer/39_card.ipynb #e41af3aa
 def _sizes(config):
     "What it is made of, in numbers"
     network, walk, clip = config['network'], config['walk'], config['clip']

@@ -246,6 +246,7 @@ def _check_content(path, network, about):
         problem = f'{path} is damaged: its weights are not those that were written'
         raise ValueError(f'{problem}; write it again with hyperclip ask --save')
 
+# %% ../../nbs/writer/40_network.ipynb #625f5a80
 def _check_clip(path, clip, made_by):
     for name, found in dict(clip=clip.fingerprint, clip_settings=clip.settings).items():
         expected = made_by.get(name, found)
