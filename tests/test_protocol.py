@@ -525,6 +525,20 @@ def test_what_a_method_needs_is_what_it_asks_for(run, monkeypatch):
         assert set(with_needs(parts)) == set(with_needs(written)), name
 
 
+def test_what_is_read_is_a_setting_of_the_papers_rows_alone(run): # A.7.2, A.7.3
+    "Stages that share these settings read what they have always read"
+    def trained_with(read):
+        models = Models(changed(run), 0)
+        for name in 'hyperclip', 'paper_hyperldm':
+            settings = models.settings[name] | read
+            models.settings = models.settings | {name: settings}
+        names = 'hyperclip', 'hnet_hyperclip', 'our_hyperclip', 'hnet_hyperldm'
+        return {name: values_of(getattr(models, name)) for name in names}
+
+    plain = trained_with({})
+    assert different(plain, trained_with(dict(read='hnet_weights'))) == ['hyperclip']
+
+
 def test_what_the_paper_adapts_starts_at_maml(run): # A.7.1
     models = Models(run, 0)
     settings = models.settings['paper_weights'] | dict(lr=0.)

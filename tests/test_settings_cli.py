@@ -14,11 +14,13 @@ import pytest
 from PIL import Image
 
 import hyperclip_nb
+from hyperclip_nb.lab.changes import parse_settings
 from hyperclip_nb.lab.experiments import merge, read_results, reproduce
 from hyperclip_nb.lab.history import curves_figure, read_curves
 from hyperclip_nb.lab.runs import Run
-from hyperclip_nb.lab.stages import add_preset
+from hyperclip_nb.lab.stages import add_preset, preset
 from hyperclip_nb.lab.versions import versions
+from hyperclip_nb.paper.differences import DIFFERENCES
 
 TINY = dict(
     world=dict(tasks=(30, 10, 12), scenes=(300, 200, 200)),
@@ -152,6 +154,14 @@ def test_the_commit_is_of_this_library_alone(tmp_path):
         text=True, check=True,
     )
     assert "'commit': None" in found.stdout
+
+
+def test_every_difference_from_the_paper_is_undone_by_an_option():
+    for difference in DIFFERENCES:
+        for stage, changes in (difference.undo or {}).items():
+            texts = [f'{stage}.{name}={value}' for name, value in changes.items()]
+            settings = parse_settings(texts, preset('smoke'))
+            assert settings[stage] == preset('smoke')[stage] | changes
 
 
 def test_data_may_be_moved(hyperclip, tmp_path, monkeypatch):

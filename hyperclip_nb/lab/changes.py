@@ -69,7 +69,8 @@ def optional_entries(
     name:str, # of a setting
 )->dict: # entry -> its default
     "What may be set besides the entries that a preset writes"
-    functions = CALLED.get(name) or [s.train for s in STAGES.values() if s.name == name]
+    own = [stage.train for stage in STAGES.values() if stage.name == name]
+    functions = own + CALLED.get(name, [])
     found = {}
     for function in functions:
         for key, parameter in inspect.signature(function).parameters.items():

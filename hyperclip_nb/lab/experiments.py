@@ -39,16 +39,16 @@ def _rows_of(
     if file and missing:
         write_json(file, list(known.values()))
     rows = [known[_key(row)] for row in wanted]
-    share = wanted[0]['descriptors']
-    say(_summary_line(job.seed, share, METHODS[job.slug].title, rows))
+    title = METHODS[job.slug].title
+    say(_summary_line(job.seed, job.named_share, title, rows))
     return rows
 
 def _look_up(job, run, gammas):
     "The file of a job, the rows in it by their keys, and the rows that are wanted"
     file = run.folder and run.folder/'rows'/job.file
     known = {_key(row): row for row in _read_rows(file)}
-    share = job.share if METHODS[job.slug].reads_questions else 1.
-    return file, known, grid_rows(job.slug, job.seed, share, gammas, run.settings)
+    row = job.slug, job.seed, job.named_share
+    return file, known, grid_rows(*row, gammas, run.settings)
 
 # %% ../../nbs/lab/59_experiments.ipynb #d8933b42
 def _summary_line(seed, share, title, rows):

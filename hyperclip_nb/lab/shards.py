@@ -17,10 +17,14 @@ class Job(NamedTuple):
     slug:str # of the method
 
     @property
+    def named_share(self):
+        "The share in its rows; what reads no question has the same at each share"
+        return self.share if METHODS[self.slug].reads_questions else 1.
+
+    @property
     def file(self):
-        "The name of its rows; what reads no question has the same at each share"
-        share = self.share if METHODS[self.slug].reads_questions else 1.
-        return f'{self.slug}-seed{self.seed}-{100*share:g}.json'
+        "The name of its rows"
+        return f'{self.slug}-seed{self.seed}-{100*self.named_share:g}.json'
 
 def grid_jobs(
     seeds, # of everything that is trained

@@ -108,12 +108,12 @@ def hyperclip(
 @stage(seed=13, settings='hyperclip', needs=('hnet_latents',), **_READER)
 def hnet_hyperclip(models, **settings): # parts it needs; the settings above
     "The same for the weights of the hypernetwork"
-    return train_hyperclip(models.hnet_weights, models.train.e, **settings)[0]
+    return hyperclip(models, **settings | dict(read='hnet_weights'))
 
 @stage(seed=24, settings='hyperclip', needs=('weights',), **_READER)
 def our_hyperclip(models, **settings): # parts it needs; the settings above
     "The same for our weights"
-    return train_hyperclip(models.weights, models.train.e, **settings)[0]
+    return hyperclip(models, **settings | dict(read='weights'))
 
 # %% ../../nbs/lab/51_stages.ipynb #3739a5ed
 def _ldm(models, name, latent):
@@ -174,6 +174,7 @@ def hyperldm(models, **settings): # parts it needs; the settings above
 )
 def hnet_hyperldm(models, **settings): # parts it needs; the settings above
     "Diffusion over latents of the hypernetwork, given the question"
+    settings.pop('read', None) # it reads nothing but these latents
     z = models.hnet_latents # (T,K,Z)
     log_var = torch.full_like(z, -torch.inf)
     return train_hyperldm(z, log_var, models.train.e, **settings)[0]
