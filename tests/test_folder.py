@@ -13,7 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hyperclip_nb.data.folder import read_folder, save_folder
+from hyperclip_nb import Writer
 from hyperclip_nb.data.metavqa import build_tasks, load_metavqa
+from hyperclip_nb.lab.experiments import reproduce
+from hyperclip_nb.lab.stages import add_preset
 from hyperclip_nb.vision.photographs import encode_files, find_images
 
 QUESTIONS = [f'What color is thing {i}?' for i in range(6)]
@@ -256,6 +259,32 @@ def test_questions_without_examples_have_a_file(here, hyperclip):
     write_table(good_rows())
     assert hyperclip(*RUN, *SMALL)[0] == 0
     assert not Path('out/zero_shot.json').exists()
+
+
+def test_a_model_knows_the_statements_of_its_data(here, hyperclip):
+    "of questions with examples and without, where they are not what we would make"
+    add_preset(
+        'tiny-folder', 'smoke', multitask=dict(epochs=1), weights=dict(steps=2),
+        hvae=dict(steps=20), hyperldm=dict(steps=20), few_shot=dict(steps=1),
+    )
+    header = 'question,picture,answer,statement'
+    own = [(*row, 'one sees {}') for row in good_rows()]
+    write_table([*own, ('Who?', '', '', 'here comes {}')], header)
+    code, _, err = hyperclip(*RUN, *SMALL, '--statements', 'statement')
+    assert code == 0, err
+    code, _, err = hyperclip('data', 'features', 'out', '--images', 'pictures')
+    assert code == 0, err
+    reproduce('tiny-folder', data='out', methods=('hvae-hyperldm-ours',), out='run')
+    writer = Writer.from_pretrained('run')
+    assert writer.read('Who?', ['a cat', 'a dog']) == ('here comes {}', ['a cat', 'a dog'])
+    assert writer.write(Q).prompt == 'one sees {}'
+    assert '{}' in writer.write('Where is it?').prompt # a question it never met
+    first = Path('pictures/cats/0.png')
+    words = ['ask', 'Who?', first, '--answers', 'cat,dog', '--model', 'run']
+    code, out, err = hyperclip(*words, '--save', 'who.safetensors')
+    assert code == 0, err
+    code, out, _ = hyperclip('show', 'who.safetensors')
+    assert 'here comes {}' in out
 
 
 def test_links_are_followed(here, hyperclip):

@@ -320,5 +320,24 @@ def test_the_extras_are_told_to_pip(monkeypatch):
     monkeypatch.setattr(setuptools, 'setup', given.update)
     runpy.run_path(root/'setup.py')
     extras = given['extras_require']
-    assert set(extras) >= {'dev', 'onnx'} and '' not in extras
-    assert set(extras['onnx']) <= set(extras['dev'])
+    named = {'dev', 'notebooks', 'onnx', 'tensorboard', 'umap'}
+    assert set(extras) == named
+    for name in named - {'notebooks'}:
+        assert set(extras[name]) <= set(extras['dev'])
+
+
+def test_each_requirement_has_a_lowest_version(monkeypatch):
+    "which .ci/lowest installs"
+    given = {}
+    monkeypatch.setattr(setuptools, 'setup', given.update)
+    runpy.run_path(root/'setup.py')
+    for requirement in given['install_requires']:
+        assert '>=' in requirement, requirement
+
+
+def test_no_heavy_import_is_a_requirement(monkeypatch):
+    "what only one figure needs is an extra, and its absence is told with a remedy"
+    from hyperclip_nb.lab.maps import question_figure
+    monkeypatch.setitem(sys.modules, 'umap', None)
+    with pytest.raises(ValueError, match=r"pip install 'hyperclip_nb\[umap\]'"):
+        question_figure(torch.randn(4, 3), [])

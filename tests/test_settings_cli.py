@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 import hyperclip_nb
+from hyperclip_nb.command.cli_reproduce import reproduce as command_of_reproduce
+from hyperclip_nb.command.console import RUN_OPTIONS
 from hyperclip_nb.lab.changes import parse_settings
 from hyperclip_nb.lab.experiments import merge, read_results, reproduce
 from hyperclip_nb.lab.history import curves_figure, read_curves
@@ -134,6 +136,59 @@ def test_optional_entries_reach_the_training(tmp_path):
     curve = read_curves(tmp_path)['seed0-cond_multitask-100']
     accuracy = np.mean(last.rows[0]['valid'])
     assert curve.accuracy.iloc[-1] == pytest.approx(accuracy, abs=1e-3)
+
+
+# ---- a plan reads the same options
+
+
+def planned(hyperclip, *args):
+    code, out, err = hyperclip('plan', '--json', *args)
+    assert code == 0, err
+    return json.loads(out)['stages']
+
+
+def test_a_plan_follows_settings_and_files(hyperclip, tmp_path):
+    one = '--methods', 'hvae-hyperldm-ours'
+    usual = planned(hyperclip, *one)
+    wide = planned(hyperclip, *one, '--set', 'hyperldm.steps=100')
+    steps = preset('default')['hyperldm']['steps']
+    ratio = usual['hyperldm']['TFLOP']/wide['hyperldm']['TFLOP']
+    assert ratio == pytest.approx(steps/100)
+    assert wide['hvae']['TFLOP'] == usual['hvae']['TFLOP']
+    file = tmp_path/'run.toml'
+    file.write_text("""
+        methods = 'hvae-hyperldm-ours'
+        seeds = 3
+        out = 'somewhere'
+        [hyperldm]
+        steps = 100
+    """)
+    of_file = planned(hyperclip, '--config', file)
+    assert of_file['hyperldm']['TFLOP'] == pytest.approx(3*wide['hyperldm']['TFLOP'])
+    typed = planned(hyperclip, '--config', file, '--seeds', '1')
+    assert typed['hyperldm']['TFLOP'] == pytest.approx(wide['hyperldm']['TFLOP'])
+
+
+def test_a_plan_for_more_tasks(hyperclip):
+    one = '--methods', 'hvae-hyperldm-ours'
+    usual = planned(hyperclip, *one)
+    many = planned(hyperclip, *one, '--tasks', '8700')
+    for stage in 'weights', 'hvae', 'hyperldm':
+        assert many[stage]['TFLOP'] == pytest.approx(10*usual[stage]['TFLOP'], rel=.01)
+    code, _, err = hyperclip('plan', '--tasks', '0')
+    assert code == 2 and '--tasks' in err
+
+
+def test_a_file_may_hold_every_option_of_reproduce():
+    own = set(command_of_reproduce.__annotations__) - {'config', 'changes'}
+    assert set(RUN_OPTIONS) == own
+
+
+def test_no_list_of_figures_is_no_lost_table(whole, monkeypatch, tmp_path):
+    from hyperclip_nb.lab import figures
+    monkeypatch.setattr(figures, '_figures', lambda done: 1/0)
+    failed = figures.draw_all(whole[0], tmp_path)
+    assert list(failed) == ['list'] and 'ZeroDivisionError' in failed['list']
 
 
 # ---- what a run keeps

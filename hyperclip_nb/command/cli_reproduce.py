@@ -9,13 +9,15 @@ __all__ = ['reproduce', 'merge']
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
-from typer import Argument, Context, Option
+from typer import Argument, Option
 from hyperclip_nb.command.console import (
-    DataFolder, Device, Gammas, Json, MethodNames, Seeds, Shares, as_records,
-    method_slugs, note, notes, parse_numbers, pick_device, print_json, print_table,
-    progress_bars, say, tracker,
+    Changes, ConfigFile, DataFolder, Device, Gammas, Json, MethodNames, Seeds, Shares,
+    all_changes, as_records, method_slugs, note, notes, parse_numbers, pick_device,
+    print_json, print_table, progress_bars, say, tracker,
 )
-from .cli_costs import data_sizes, planned_work, show_plan
+from hyperclip_nb.command.cli_costs import (
+    changed_preset, data_sizes, planned_work, show_plan,
+)
 
 # %% ../../nbs/command/80_cli_reproduce.ipynb #c8b5075a
 _PresetName = Annotated[str, Option(
@@ -40,10 +42,6 @@ _Again = Annotated[bool, Option(
     '--again', help='train and measure anew what the folder already holds',
 )]
 _ClipName = Annotated[str, Option(help='tiny, or MODEL:PRETRAINED of open_clip')]
-_Changes = Annotated[Optional[list[str]], Option(
-    '--set', metavar='SETTING.ENTRY=VALUE',
-    help='change a setting of the preset, such as hvae.steps=400; may be repeated',
-)]
 _Shard = Annotated[Optional[str], Option(
     help='do a part of the jobs, such as 0/8 (then 1/8 … 7/8, at once or one after '
          'the other, into one folder; hyperclip merge puts them together)',
@@ -51,31 +49,6 @@ _Shard = Annotated[Optional[str], Option(
 _Tensorboard = Annotated[bool, Option(
     '--tensorboard', help="copy training curves to TensorBoard's event files",
 )]
-
-# %% ../../nbs/command/80_cli_reproduce.ipynb #6649d4ea
-def _use_file(context: Context, path: Optional[Path]):
-    "Let the options of a file be the defaults of a command"
-    if path is not None:
-        from hyperclip_nb.lab.changes import read_run_file
-        names = [p.name for p in context.command.params if p.name not in _NOT_IN_FILE]
-        options, _ = read_run_file(path, names)
-        context.default_map = (context.default_map or {}) | options
-    return path
-
-_NOT_IN_FILE = 'config', 'changes', 'help', 'quiet'
-
-_ConfigFile = Annotated[Optional[Path], Option(
-    callback=_use_file, is_eager=True,
-    help='TOML file: options of this command, and settings in tables',
-)]
-
-def _all_changes(config, typed):
-    "Changes of a file, and those that were typed behind them, which count more"
-    from hyperclip_nb.lab.changes import read_run_file
-    if config is None:
-        return list(typed or ())
-    _, of_file = read_run_file(config, _OPTIONS)
-    return [*of_file, *(typed or ())]
 
 # %% ../../nbs/command/80_cli_reproduce.ipynb #a72912a1
 def reproduce(
@@ -87,8 +60,8 @@ def reproduce(
     world_seed: _WorldSeed = 0, # of scenes and questions
     split: _Split = None, # of a world's tasks; None: the preset's own
     gamma: Gammas = None, # guidance scales, with commas; None: those of the preset
-    changes: _Changes = None, # of settings, such as hvae.steps=400
-    config: _ConfigFile = None, # options and settings
+    changes: Changes = None, # of settings, such as hvae.steps=400
+    config: ConfigFile = None, # options and settings
     out: _OutFolder = None, # folder for what is computed; None: a name in runs/
     shard: _Shard = None, # part of the jobs; None: all of them
     again: _Again = False, # whether to forget what the folder holds
@@ -107,11 +80,13 @@ def reproduce(
     gammas = parse_numbers(gamma) if gamma is not None else None
     shares = parse_numbers(descriptors)
     device = pick_device(device)
-    changes = _all_changes(config, changes)
+    changes = all_changes(config, changes)
     out = out or _default_folder(preset, world_seed, split, seed, data, changes)
     if preset == 'paper' and data:
-        work = planned_work(preset, methods, seeds, descriptors, gamma)
-        show_plan(preset, work, data_sizes(preset, data), 768, device, to=notes)
+        settings = changed_preset(preset, changes)
+        work = planned_work(preset, settings, methods, seeds, descriptors, gamma)
+        sizes = data_sizes(preset, settings, data)
+        show_plan(preset, settings, work, sizes, 768, device, to=notes)
     with progress_bars() as bars:
         done = experiments.reproduce(
             preset,
@@ -228,7 +203,3 @@ def merge(
     with progress_bars() as bars:
         done = experiments.merge(folder, pick_device(device), tracker(bars), note)
     _report(done, folder, as_json)
-
-_OPTIONS = [ # what a file may hold
-    name for name in reproduce.__annotations__ if name not in _NOT_IN_FILE
-]

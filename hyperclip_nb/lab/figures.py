@@ -127,8 +127,12 @@ def draw_all(
     out, # folder
 )->dict: # name of a figure that could not be drawn -> why
     "Draw every figure that an experiment allows into a folder"
+    try:
+        figures = list(_figures(experiment))
+    except Exception as problem: # the table is printed already, and stays
+        return dict(list=f'{type(problem).__name__}: {problem}')
     failed = {}
-    for name, draw in _figures(experiment):
+    for name, draw in figures:
         try:
             save_figure(draw(), Path(out)/name)
         except Exception as problem: # it takes nothing away from the others

@@ -41,13 +41,21 @@ def _scatter(xy, family, title): # xy (T,2), family (T,)
     sns.despine(fig, left=True, bottom=True)
     return fig
 
+def _umap():
+    "The class UMAP, which is slow to import and only needed here"
+    try:
+        from umap import UMAP
+    except ImportError:
+        advice = "pip install 'hyperclip_nb[umap]'"
+        raise ValueError(f'UMAP is not installed: {advice}') from None
+    return UMAP
+
 def question_figure(
     e:Tensor, # task embeddings (T,D)
     tasks:list, # of `Task`
 )->Figure:
     "Task embeddings in two dimensions, coloured by family (Figure 6)"
-    import umap # slow to import, and only needed here
-    reducer = umap.UMAP(metric='cosine', random_state=0, n_jobs=1)
+    reducer = _umap()(metric='cosine', random_state=0, n_jobs=1)
     xy = reducer.fit_transform(e.cpu().numpy())
     return _scatter(xy, families(tasks), 'Task embeddings (UMAP)')
 

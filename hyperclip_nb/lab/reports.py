@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file, save
-from ..data.files import atomic_write
+from ..data.files import atomic_write, read_json
+from ..data.folder import ZERO_SHOT
+from ..data.statements import statement
 from ..writer.writer import save_hyperldm, save_tuned
 from .runs import Run
 from .changes import changed_settings
@@ -166,7 +168,19 @@ def _facts(done, models, slug, gamma, samples):
     row |= dict(method=slug, samples=samples, setting='zero-shot')
     for number in find_rows(done.rows, **row):
         about['accuracy'] = round(float(np.mean(done.rows[number]['test'])), 1)
-    return about | source
+    statements = _own_statements(done.run)
+    return about | source | (dict(statements=statements) if statements else {})
+
+def _own_statements(run):
+    "Question -> statement, of tasks in files, where it is not the one we would make"
+    folder = run.source.folder
+    if not folder:
+        return {}
+    known = {t.question: t.prompt for part in run.tasks.values() for t in part}
+    file = Path(folder)/ZERO_SHOT
+    if file.is_file():
+        known |= read_json(file)
+    return {q: text for q, text in known.items() if text != statement(q)}
 
 # %% ../../nbs/lab/58_reports.ipynb #80b4d8d7
 def read_results(

@@ -82,8 +82,9 @@ def ask(
     weights=None, # of a network to ask (P,); None: one is written
 )->Reply:
     "Write a network from a question, and let it answer on an image"
-    prompt, names = read_question(question, answers)
+    _, names = read_question(question, answers)
     model = model or Writer.from_pretrained()
+    prompt, _ = model.read(question, names)
     another = other_question(question)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # unknown words are in the reply

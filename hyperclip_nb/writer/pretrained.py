@@ -132,7 +132,7 @@ class Writer:
     ): # `Network`; or a list of them
         "Write a network for each question, all of them in one walk"
         questions = [question] if isinstance(question, str) else list(question)
-        readings = [_reading(text, answers) for text in questions]
+        readings = [self.read(text, answers) for text in questions]
         gamma = self.gamma if gamma is None else gamma
         noise = self.walk.noise(seed, samples) # (K,Z)
         made_by = self._made_by(gamma, len(noise), seed)
@@ -142,6 +142,14 @@ class Writer:
             for W, text, reading in zip(weights, questions, readings)
         ]
         return networks[0] if isinstance(question, str) else networks
+
+    def read(self,
+        question:str, # in words
+        answers=None, # strings that may be answered; None: all that fit, where known
+    )->tuple: # a statement with the gap `{}`; a list of answers, or None
+        "A question as it was read in training, and what may be answered"
+        prompt, names = _reading(question, answers)
+        return self.facts.get('statements', {}).get(question, prompt), names
 
     def _walked(self, questions, gamma, noise, batch=128):
         "Weights (P,) of each question, some of them at a time"
