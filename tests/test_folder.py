@@ -276,7 +276,8 @@ def test_a_model_knows_the_statements_of_its_data(here, hyperclip):
     assert code == 0, err
     reproduce('tiny-folder', data='out', methods=('hvae-hyperldm-ours',), out='run')
     writer = Writer.from_pretrained('run')
-    assert writer.read('Who?', ['a cat', 'a dog']) == ('here comes {}', ['a cat', 'a dog'])
+    prompt, answers = writer.read('Who?', ['a cat', 'a dog'])
+    assert (prompt, answers) == ('here comes {}', ['a cat', 'a dog'])
     assert writer.write(Q).prompt == 'one sees {}'
     assert '{}' in writer.write('Where is it?').prompt # a question it never met
     first = Path('pictures/cats/0.png')

@@ -15,7 +15,7 @@ from ..generators.hvae import HVAE
 from ..language.hyperclip import HyperCLIP
 from ..language.noise_net import NoiseNet
 from .experiments import META_VQA, Sizes
-from .stages import PRESETS, STAGES, STREAMS
+from .stages import STAGES, STREAMS
 from .timing import count_parameters, free_memory, seconds
 
 # %% ../../nbs/lab/72_costs.ipynb #d52d0cac
@@ -224,14 +224,8 @@ _READS_WEIGHTS = (
     'weights', 'hvae', 'our_hyperclip', 'hyperldm', 'tuned',
 )
 _BYTES_HELD = dict( # of each parameter; 16: itself, its gradient, two moments
-    sampling=4,
-    weights=8,
-    paper_weights=8,
-    few_shot=8,
-    hyperldm=20,
-    paper_hyperldm=20,
-    hnet_hyperldm=20,
-    tuned=20,
+    sampling=4, weights=8, paper_weights=8, few_shot=8,
+    hyperldm=20, paper_hyperldm=20, hnet_hyperldm=20, tuned=20,
     cond_strong=36, # five networks are kept at once
 )
 

@@ -15,7 +15,7 @@ import pandas as pd
 from safetensors.numpy import load_file, save
 from ..data.files import atomic_write, read_json
 from ..data.folder import ZERO_SHOT
-from ..data.statements import statement
+from ..writer.pretrained import read_question
 from ..writer.writer import save_hyperldm, save_tuned
 from .runs import Run
 from .changes import changed_settings
@@ -180,7 +180,12 @@ def _own_statements(run):
     file = Path(folder)/ZERO_SHOT
     if file.is_file():
         known |= read_json(file)
-    return {q: text for q, text in known.items() if text != statement(q)}
+    return {q: text for q, text in known.items() if text != _usual(q)}
+
+def _usual(question):
+    "The statement that a Writer makes of a question, whatever its answers"
+    statement, _ = read_question(question, ('one', 'another'))
+    return statement
 
 # %% ../../nbs/lab/58_reports.ipynb #80b4d8d7
 def read_results(
