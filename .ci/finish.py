@@ -1,0 +1,54 @@
+"What both builders leave to do on the pages of the docs site."
+import html
+import re
+
+HEADER = re.compile(r'<header id="title-block-header".*?</header>', re.S)
+PRIVATE = re.compile(r'<a href="[^"]*#_\w+">(<code>[^<]*</code>)</a>')
+COLAB = 'https://colab.research.google.com/github/'
+
+
+def drop_web_fonts(site):
+    "A theme asks for a font of another host; the fonts of the system do as well."
+    for sheet in site.rglob('*.css'):
+        text = sheet.read_text(encoding='utf-8')
+        if 'fonts.googleapis.com' in text:
+            text = re.sub(r'@import url\([^)]*fonts\.googleapis\.com[^)]*\);?', '', text)
+            sheet.write_text(text, encoding='utf-8')
+
+
+def page_links(notebook, repo, branch):
+    "Where a page's notebook is: to read, to run, to edit."
+    path = f'{branch}/nbs/{notebook}'
+    github = repo.removeprefix('https://github.com/')
+    links = {
+        'Notebook': f'{repo}/blob/{path}',
+        'Run in Colab': f'{COLAB}{github}/blob/{path}',
+        'Edit': f'{repo}/edit/{path}',
+    }
+    anchors = [f'<a href="{html.escape(to)}">{text}</a>' for text, to in links.items()]
+    return f'<p class="page-links">{" ".join(anchors)}</p>'
+
+
+def finish_page(text, address, notebook, repo, branch):
+    "A page with its own address, and links to its notebook; none to private names."
+    text = PRIVATE.sub(r'\1', text)
+    if 'rel="canonical"' not in text:
+        canonical = f'<link rel="canonical" href="{address}">'
+        text = text.replace('</head>', canonical + '</head>', 1)
+    links = page_links(notebook, repo, branch)
+    return HEADER.sub(lambda m: m[0] + links, text, count=1)
+
+
+def finish(cfg, url):
+    "Finish every page of the site"
+    from nbdev.doclinks import _nbpath2html, nbglob
+
+    drop_web_fonts(cfg.doc_path)
+    for path in nbglob(as_path=True):
+        notebook = path.relative_to(cfg.nbs_path)
+        page = cfg.doc_path/_nbpath2html(notebook)
+        address = f'{url}/{page.relative_to(cfg.doc_path).as_posix()}'
+        text = page.read_text(encoding='utf-8')
+        text = finish_page(
+            text, address, notebook.as_posix(), cfg.git_url, cfg.branch)
+        page.write_text(text, encoding='utf-8')
