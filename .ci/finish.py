@@ -1,8 +1,11 @@
 "What both builders leave to do on the pages of the docs site."
 import html
 import re
+from pathlib import Path
 
 HEADER = re.compile(r'<header id="title-block-header".*?</header>', re.S)
+ROOT = Path(__file__).parent.parent.resolve()
+WEB_FONT = re.compile(r'@import url\([^)]*fonts\.googleapis\.com[^)]*\);?')
 PRIVATE = re.compile(r'<a href="[^"]*#_\w+">(<code>[^<]*</code>)</a>')
 COLAB = 'https://colab.research.google.com/github/'
 
@@ -12,8 +15,7 @@ def drop_web_fonts(site):
     for sheet in site.rglob('*.css'):
         text = sheet.read_text(encoding='utf-8')
         if 'fonts.googleapis.com' in text:
-            text = re.sub(r'@import url\([^)]*fonts\.googleapis\.com[^)]*\);?', '', text)
-            sheet.write_text(text, encoding='utf-8')
+            sheet.write_text(WEB_FONT.sub('', text), encoding='utf-8')
 
 
 def page_links(notebook, repo, branch):
@@ -30,8 +32,8 @@ def page_links(notebook, repo, branch):
 
 
 def finish_page(text, address, notebook, repo, branch):
-    "A page with its own address, and links to its notebook; none to private names."
-    text = PRIVATE.sub(r'\1', text)
+    "A page with its own address, and links to its notebook; no path of this machine."
+    text = PRIVATE.sub(r'\1', text).replace(f'{ROOT}/', '')
     if 'rel="canonical"' not in text:
         canonical = f'<link rel="canonical" href="{address}">'
         text = text.replace('</head>', canonical + '</head>', 1)
