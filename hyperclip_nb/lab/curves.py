@@ -21,26 +21,29 @@ _SLUGS = (
 )
 GUIDED = 'hvae-hyperldm', 'hnet-hyperldm', 'hvae-hyperldm-ours', 'hvae-hyperldm-tuned'
 _COLORS = dict(zip(_SLUGS, sns.color_palette('colorblind')))
+_MARKS = dict(zip(_SLUGS, 'o^Dvds<PX*'))
 
-def _line(ax, x, mean, sd, slug, label, **style): # x, mean, sd: of one length
-    "A curve with its band"
+def _line(ax, x, mean, sd, slug, **style): # x, mean, sd: of one length
+    "A curve with its band and its own mark"
     color = _COLORS[slug]
     sd = np.nan_to_num(np.asarray(sd, float))
-    ax.plot(x, mean, color=color, label=label, marker='o', ms=4, **style)
+    ax.plot(x, mean, color=color, marker=_MARKS[slug], ms=5, **style)
     ax.fill_between(x, mean - sd, mean + sd, color=color, alpha=.15, lw=0)
 
 def _levels(ax, levels): # slug -> accuracy
-    "Horizontal lines with their names at the right end, moved apart where they overlap"
-    low = min([ax.get_ylim()[0], *levels.values()])
-    high = max([ax.get_ylim()[1], *levels.values()])
+    "Horizontal lines, dotted"
+    for slug, level in levels.items():
+        ax.axhline(level, color=_COLORS[slug], ls=':', lw=1.6)
+
+def _names(ax, ends): # slug -> accuracy at the right end of its line
+    "Names of all lines at their right ends, moved apart where they overlap"
+    low, high = ax.get_ylim()
+    beside = dict(transform=ax.get_yaxis_transform(), clip_on=False)
     y = -np.inf
-    for slug, level in sorted(levels.items(), key=lambda item: item[1]):
-        y = max(level, y + .045*(high - low))
-        ax.axhline(level, color=_COLORS[slug], ls='--', lw=1.2)
-        ax.annotate(
-            METHODS[slug].title, (1.01, y), xycoords=('axes fraction', 'data'),
-            va='center', fontsize=7, color=_COLORS[slug],
-        )
+    for slug, end in sorted(ends.items(), key=lambda item: item[1]):
+        y = max(end, y + .055*(high - low))
+        ax.plot([1, 1.03], [end, y], color=_COLORS[slug], lw=1, **beside)
+        ax.text(1.04, y, METHODS[slug].title, va='center', fontsize=8, **beside)
 
 def _axes():
     "A figure of the size that all curves have"
@@ -78,15 +81,18 @@ def gamma_figure(
     reads = _reads_questions(rows)
     rows = rows[~reads | (rows.descriptors == rows.descriptors[reads].max())]
     fig, ax = _axes()
+    levels = _accuracies(rows, ('clip', 'multitask', 'cond-multitask'))
+    ends = dict(levels)
     for slug in GUIDED:
         curve = rows[rows.method == slug].sort_values('gamma')
         if len(curve):
-            title = METHODS[slug].title
-            _line(ax, curve.gamma, curve.test, curve.sd, slug, title)
-    _levels(ax, _accuracies(rows, ('clip', 'multitask', 'cond-multitask')))
+            _line(ax, curve.gamma, curve.test, curve.sd, slug)
+            ends[slug] = curve.test.iloc[-1]
+    _levels(ax, levels)
+    _names(ax, ends)
+    ax.set_xticks(sorted(rows.gamma[rows.gamma >= 0].unique()))
     ax.set(xlabel='guidance scale γ', ylabel='zero-shot accuracy (%)')
     ax.set_title(_counts(rows, results))
-    ax.legend(fontsize=8, loc='best')
     return fig
 
 # %% ../../nbs/lab/62_curves.ipynb #12624988
@@ -106,20 +112,22 @@ def descriptor_figure(
         gamma = rows.gamma.max()
     rows = rows[rows.gamma.isin([-1, gamma])]
     fig, ax = _axes()
+    levels = _accuracies(rows, ('clip', 'multitask'))
+    ends = dict(levels)
     for slug in SHARED:
         curve = rows[rows.method == slug].sort_values('descriptors')
         if not len(curve):
             continue
-        guided = f', γ = {gamma:g}' if curve.gamma.max() > 0 else ''
         x = [shares.index(share) for share in curve.descriptors]
-        label = METHODS[slug].title + guided
         style = '--' if slug.startswith('cond') else '-'
-        _line(ax, x, curve.test, curve.sd, slug, label, ls=style)
-    _levels(ax, _accuracies(rows, ('clip', 'multitask')))
+        _line(ax, x, curve.test, curve.sd, slug, ls=style)
+        ends[slug] = curve.test.iloc[-1]
+    _levels(ax, levels)
+    _names(ax, ends)
     ax.set_xticks(range(len(shares)), [f'{share:.0%}' for share in shares])
     ax.set_xlabel('training tasks that come with their question')
-    ax.set(ylabel='zero-shot accuracy (%)', title=_counts(rows, results))
-    ax.legend(fontsize=7, loc='best')
+    guided = f', γ = {gamma:g}' if gamma > 0 else ''
+    ax.set(ylabel='zero-shot accuracy (%)', title=_counts(rows, results) + guided)
     return fig
 
 # %% ../../nbs/lab/62_curves.ipynb #778852d1
@@ -143,13 +151,15 @@ def few_shot_figure(
     few = rows[rows.setting == 'few-shot']
     counts = sorted(few.images[few.images > 0].unique())
     fig, ax = _axes()
+    ends = {}
     for slug in few[few.images > 0].method.unique():
         x, points = _few_shot_points(rows, slug, counts)
         mean, sd = (np.array([p[k] for p in points], float) for k in ('test', 'sd'))
-        _line(ax, x, mean, sd, slug, METHODS[slug].title)
+        _line(ax, x, mean, sd, slug)
+        ends[slug] = mean[-1]
+    _names(ax, ends)
     labels = ['0', *(f'{n:g}' for n in counts), 'all']
     ax.set_xticks(range(len(labels)), labels)
     ax.set(xlabel='labelled images of the task', ylabel='accuracy (%)')
     ax.set_title(_counts(rows, results))
-    ax.legend(fontsize=8)
     return fig

@@ -45,12 +45,12 @@ def task_figure(
 
 # %% ../../nbs/lab/64_figures.ipynb #9a3dbfd9
 def _show_answers(ax, picture, said, right): # said: name -> answer; right: an answer
-    "A picture under what networks say about it, green where that is right"
+    "A picture under what networks say about it, with a tick where that is right"
     ax.imshow(picture)
     for line, (name, answer) in enumerate(said.items()):
-        color = 'tab:green' if answer == right else 'tab:red'
+        mark, color = ('✓', '#01664a') if answer == right else ('✗', '#b04a00')
         place = dict(transform=ax.transAxes, ha='center', fontsize=8, color=color)
-        ax.text(.5, 1.15 - .12*line, f'{name}: {answer}', **place)
+        ax.text(.5, 1.15 - .12*line, f'{mark} {name}: {answer}', **place)
 
 @torch.no_grad()
 def answer_figure(

@@ -28,13 +28,17 @@ def families(
         names.append(concept.ask if concept else 'other')
     return np.array(names)
 
+_MARKS = 'osD^vP*X'
+
 def _scatter(xy, family, title): # xy (T,2), family (T,)
-    "Points coloured by family"
+    "Points coloured by family, each with its mark"
     fig, ax = plt.subplots(figsize=(6, 4.2))
     names = sorted(set(family))
-    for name, color in zip(names, sns.color_palette('colorblind', len(names))):
+    palette = sns.color_palette('colorblind', len(names))
+    for number, (name, color) in enumerate(zip(names, palette)):
         x, y = xy[family == name].T
-        ax.scatter(x, y, s=8, color=color, label=name, lw=0)
+        mark = _MARKS[number % len(_MARKS)]
+        ax.scatter(x, y, s=12, color=color, marker=mark, label=name, lw=0)
     ax.set(title=title, xticks=[], yticks=[])
     place = dict(loc='center left', bbox_to_anchor=(1, .5))
     ax.legend(fontsize=8, markerscale=2, frameon=False, **place)

@@ -121,9 +121,10 @@ def memory_figure(
     bars = dict(errorbar=('ci', 95), seed=0, err_kws=dict(lw=1))
     sns.barplot(audit, x='overlap', ax=right, **style, **bars)
     left.set_xscale('symlog', linthresh=1)
+    left.set_xticks([0, .5, 1, 2, 5, 10], ['0', '.5', '1', '2', '5', '10'])
     distance = 'distance to the nearest training network'
     left.set(xlabel=f'{distance}\n(1: typical for different tasks)', ylabel='')
-    left.set_xlim(0, None)
+    left.set_xlim(0, 1.2*audit.distance.max())
     right.set(xlabel='overlap of mistakes with it', xlim=(0, 1))
     sns.despine(fig)
     fig.tight_layout()

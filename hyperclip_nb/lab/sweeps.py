@@ -167,8 +167,8 @@ def _panel(ax, found, bench):
     part = found[found.bench == bench]
     hues = part.gamma.map('γ = {:g}'.format) if hue == 'gamma' else part[hue]
     bars = 'sd' if part.seed.nunique() > 1 else None
-    style = dict(marker='o', ms=5, errorbar=bars, err_style='bars')
-    sns.lineplot(part, x=x, y='accuracy', hue=hues, ax=ax, **style)
+    look = dict(markers=True, dashes=False, ms=6, errorbar=bars, err_style='bars')
+    sns.lineplot(part, x=x, y='accuracy', hue=hues, style=hues, ax=ax, **look)
     if x in ('steps', 'samples'):
         ax.set_xscale('log', base=2)
         ticks = sorted(part[x].unique())

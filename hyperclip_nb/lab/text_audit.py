@@ -117,7 +117,7 @@ def text_figure(
         style = dict(fmt='o', ms=5, color='C0', lw=1.4)
         ax.errorbar(rows.difference, rows.index, xerr=[below, above], **style)
         ax.set_title(f'{METHODS[slug].title}\n(true: {rows.accuracy[0]:.1f} %)')
-        ax.set_xlabel('accuracy, points')
+        ax.set_xlabel('minus the true one, points')
         ax.set_yticks(rows.index, rows.description)
     axs[0, 0].invert_yaxis()
     sns.despine(fig)
