@@ -21,6 +21,11 @@ def randn(*size, s, dtype=torch.float64):
     return torch.randn(*size, generator=seed(s), dtype=dtype)
 
 
+def diffusers():
+    "The library that we are checked against"
+    return pytest.importorskip('diffusers')
+
+
 def scheduler(cls, kind, schedule=exact, double=True, **kwargs):
     "A scheduler of diffusers with our betas; its own are rounded to 32 bits"
     s = cls(
@@ -35,13 +40,13 @@ def scheduler(cls, kind, schedule=exact, double=True, **kwargs):
 
 
 def ddpm(kind, **kwargs):
-    from diffusers import DDPMScheduler
+    DDPMScheduler = diffusers().DDPMScheduler
     options = dict(variance_type='fixed_small', clip_sample=False)
     return scheduler(DDPMScheduler, kind, **options, **kwargs)
 
 
 def ddim(kind, **kwargs):
-    from diffusers import DDIMScheduler
+    DDIMScheduler = diffusers().DDIMScheduler
     options = dict(set_alpha_to_one=True, clip_sample=False)
     s = scheduler(DDIMScheduler, kind, **options, **kwargs)
     s.final_alpha_cumprod = torch.tensor(1., dtype=s.alphas_cumprod.dtype)
@@ -155,7 +160,7 @@ def test_ddim_loop_matches_diffusers(kind, steps):
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('steps', [2, 3, 7, 14, 25, 50])
 def test_dpm_loop_matches_diffusers(kind, steps):
-    from diffusers import DPMSolverMultistepScheduler
+    DPMSolverMultistepScheduler = diffusers().DPMSolverMultistepScheduler
     options = dict(algorithm_type='dpmsolver++', solver_order=2)
     options |= dict(solver_type='midpoint', final_sigmas_type='zero')
     theirs = scheduler(DPMSolverMultistepScheduler, kind, double=False, **options)
