@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stations', 'follow', 'hero_figure', 'reply_figure']
 
-# %% ../../nbs/paper/95_front.ipynb #6d7de67c
+# %% ../../nbs/paper/95_front.ipynb #9410e32a
 from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,7 +20,7 @@ from ..writer.ask import ask, draw_example
 from ..writer.pretrained import SHIPPED, Writer
 from ..writer.writer import load_tuned
 
-# %% ../../nbs/paper/95_front.ipynb #5703b2ac
+# %% ../../nbs/paper/95_front.ipynb #9a04cbc5
 class Stations(NamedTuple):
     "What a question becomes"
     question:str # in words
@@ -64,7 +64,7 @@ def _fresh_scenes(question, n, seed):
     names = possible_answers(concept.ask)
     return list(render(scenes[rows], 160)), [names[i] for i in truth[rows]]
 
-# %% ../../nbs/paper/95_front.ipynb #72f9b7ca
+# %% ../../nbs/paper/95_front.ipynb #0e852fda
 def hero_figure(
     way:Stations, # what is drawn
 )->Figure:
@@ -123,7 +123,7 @@ def _answers(ax, way):
             weight = 'bold' if line > .4 else 'normal'
             write(ax, (7.25, y + line), words, 8, ha='left', weight=weight)
 
-# %% ../../nbs/paper/95_front.ipynb #f8936f7a
+# %% ../../nbs/paper/95_front.ipynb #e914373d
 def reply_figure(
     question:str, # in words, about scenes
     seed:int=0, # of the scene and of the network
