@@ -11,6 +11,7 @@ __all__ = ['HELP_NAMES', 'Device', 'Json', 'Seeds', 'Shares', 'MethodNames', 'Ga
 # %% ../../nbs/command/78_console.ipynb #8c196755
 import functools
 import inspect
+import math
 from pathlib import Path
 from typing import Annotated, Optional
 from typer import Context, Option, Typer
@@ -147,10 +148,13 @@ def _check_device(name, has_gpu):
 def parse_numbers(text:str)->tuple: # with commas between them
     "'0,1,1.5' as numbers"
     try:
-        return tuple(float(number) for number in text.split(','))
+        numbers = tuple(float(number) for number in text.split(','))
     except ValueError:
+        numbers = ()
+    if not numbers or not all(map(math.isfinite, numbers)):
         problem = 'give numbers with commas between them, such as 0,1,1.5'
-        raise ValueError(f'{problem}, not {text!r}') from None
+        raise ValueError(f'{problem}, not {text!r}')
+    return numbers
 
 def parse_names(text:str)->tuple: # with commas between them
     "'clip, multitask' as names"

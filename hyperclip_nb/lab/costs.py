@@ -272,7 +272,7 @@ def with_tasks(
     longer = {
         name: value | dict(steps=max(1, round(ratio*value['steps'])))
         for name, value in settings.items()
-        if isinstance(value, dict) and {'steps', 'batch'} <= set(value)
+        if name == 'regression' or isinstance(value, dict) and 'batch' in value
     }
     pictures = round(ratio*sizes.pictures)
     return settings | longer, sizes._replace(train=tasks, pictures=pictures)
