@@ -1,4 +1,5 @@
 "What both builders leave to do on the pages of the docs site."
+import functools
 import html
 import re
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 HEADER = re.compile(r'<header id="title-block-header".*?</header>', re.S)
 ROOT = Path(__file__).parent.parent.resolve()
 WEB_FONT = re.compile(r'@import url\([^)]*fonts\.googleapis\.com[^)]*\);?')
-PRIVATE = re.compile(r'<a href="[^"]*#_\w+">(<code>[^<]*</code>)</a>')
+SYMBOL = re.compile(r'<a href="([^"#]*)#([\w.]+)">(<code>[^<]*</code>)</a>')
 COLAB = 'https://colab.research.google.com/github/'
 
 
@@ -31,13 +32,29 @@ def page_links(notebook, repo, branch):
     return f'<p class="page-links">{" ".join(anchors)}</p>'
 
 
-def finish_page(text, address, notebook, repo, branch):
+@functools.cache
+def names_of(page):
+    "What links can point at on a page"
+    return set(re.findall(r' id="([^"]+)"', page.read_text(encoding='utf-8')))
+
+
+def known_symbols(text, page):
+    "A page whose links to symbols lead to those that are shown; others are words."
+    def link(match):
+        target = (page.parent/match[1]).resolve() if match[1] else page
+        known = target.is_file() and match[2] in names_of(target)
+        return match[0] if known else match[3]
+
+    return SYMBOL.sub(link, text)
+
+
+def finish_page(text, address, notebook, cfg):
     "A page with its own address, and links to its notebook; no path of this machine."
-    text = PRIVATE.sub(r'\1', text).replace(f'{ROOT}/', '')
+    text = text.replace(f'{ROOT}/', '')
     if 'rel="canonical"' not in text:
         canonical = f'<link rel="canonical" href="{address}">'
         text = text.replace('</head>', canonical + '</head>', 1)
-    links = page_links(notebook, repo, branch)
+    links = page_links(notebook, cfg.git_url, cfg.branch)
     return HEADER.sub(lambda m: m[0] + links, text, count=1)
 
 
@@ -48,9 +65,8 @@ def finish(cfg, url):
     drop_web_fonts(cfg.doc_path)
     for path in nbglob(as_path=True):
         notebook = path.relative_to(cfg.nbs_path)
-        page = cfg.doc_path/_nbpath2html(notebook)
-        address = f'{url}/{page.relative_to(cfg.doc_path).as_posix()}'
-        text = page.read_text(encoding='utf-8')
-        text = finish_page(
-            text, address, notebook.as_posix(), cfg.git_url, cfg.branch)
+        page = (cfg.doc_path/_nbpath2html(notebook)).resolve()
+        address = f'{url}/{_nbpath2html(notebook).as_posix()}'
+        text = known_symbols(page.read_text(encoding='utf-8'), page)
+        text = finish_page(text, address, notebook.as_posix(), cfg)
         page.write_text(text, encoding='utf-8')
