@@ -217,6 +217,45 @@ def test_pictures_of_all_kinds(network, tmp_path):
             network.predict(wrong)
 
 
+def kinds_of_files(picture, folder):
+    "The same picture as people keep it"
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture.rotate(90, expand=True).save(folder/'telephone.png', exif=turned)
+    clear = picture.convert('RGBA')
+    clear.putalpha(Image.new('L', picture.size, 255))
+    clear.save(folder/'clear.webp', lossless=True)
+    picture.convert('P', palette=Image.ADAPTIVE, colors=256).save(folder/'few.gif')
+    picture.convert('CMYK').save(folder/'print.tif')
+    frames = [picture.rotate(180)]
+    picture.save(folder/'moves.png', save_all=True, append_images=frames)
+    return sorted(folder.iterdir())
+
+
+def test_a_picture_is_what_a_person_sees(network, tmp_path):
+    scene, _ = draw_example(STAR, 3)
+    paths = kinds_of_files(scene, tmp_path)
+    assert len(paths) == 5
+    expected = network.predict_proba(scene)[0]
+    for path in paths:
+        for given in path, Image.open(path):
+            p = network.predict_proba(given)[0]
+            assert abs(p - expected).max() < .1, path
+            assert p.argmax() == expected.argmax(), path
+
+
+@pytest.mark.parametrize('kept', [0, 1, 20, 200, -1])
+def test_half_a_picture_is_one_line(network, tmp_path, kept, hyperclip):
+    scene, _ = draw_example(STAR, 0)
+    path = tmp_path/'half.png'
+    scene.save(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    code, out, err = hyperclip('ask', STAR, path)
+    if kept == -1 and code == 0: # its last byte belongs to no pixel
+        return
+    assert code == 2 and err.count('\n') == 1 and 'half.png' in err and not out
+
+
 def test_plain_modules(network):
     "State dict, export and trace stand without this library's classes"
     x, a = network.features([draw_example(STAR, i)[0] for i in range(3)])
