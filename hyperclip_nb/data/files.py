@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'atomic_write', 'remove_unfinished', 'find_files', 'find_images', 'digest', 'read_json', 'write_json',
-           'write_tensors', 'read_tensors', 'read_metadata', 'load_checked']
+           'write_tensors', 'read_tensors', 'read_metadata', 'load_checked', 'results_folder']
 
 # %% ../../nbs/data/00_files.ipynb #9310cee6
 import hashlib
@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save
+import hyperclip_nb
 
 # %% ../../nbs/data/00_files.ipynb #143910c8
 def _as_bytes(content):
@@ -217,3 +218,14 @@ def _check_made_for(path, metadata, made_for):
                 f'{path} was made {_MISMATCH[key]} ({found}, not {expected}); '
                 'remove it or use another folder'
             )
+
+# %% ../../nbs/data/00_files.ipynb #a409aedd
+def results_folder(
+)->Path: # that is tracked
+    "The tracked results; ValueError where no checkout of the repository is near"
+    beside, here = Path(hyperclip_nb.__file__).parents[1], Path.cwd()
+    for folder in (beside, here, *here.parents):
+        if (folder/'nbs').is_dir() and (folder/'results').is_dir():
+            return folder/'results'
+    remedy = 'clone the repository, and stand in it'
+    raise ValueError(f'there is no folder of results beside the package: {remedy}')
