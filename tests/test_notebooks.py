@@ -1,10 +1,16 @@
 "Every notebook runs, is clean, and is what `hyperclip_nb/` was exported from."
+import atexit
+import contextlib
+import ctypes
+import gc
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import nbdev.test
 import pytest
 from nbdev.test import test_nb
 
@@ -36,8 +42,30 @@ def registers():
         register.update(content)
 
 
+@pytest.fixture
+def forgotten(monkeypatch):
+    "What a notebook holds in memory goes with it: IPython keeps every shell to the end"
+    shells = []
+
+    class Shell(nbdev.test.CaptureShell):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            shells.append(self)
+
+    monkeypatch.setattr(nbdev.test, 'CaptureShell', Shell)
+    yield
+    for shell in shells:
+        atexit.unregister(shell.atexit_operations)
+        shell.user_ns.clear()
+    shells.clear()
+    plt.close('all')
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError): # glibc alone has it
+        ctypes.CDLL('libc.so.6').malloc_trim(0)
+
+
 @each
-def test_runs(nb, capsys, monkeypatch, registers):
+def test_runs(nb, capsys, monkeypatch, registers, forgotten):
     monkeypatch.setenv('IN_TEST', '1')  # `test_nb` sets it and leaves it
     monkeypatch.setattr(sys, 'path', sys.path[:])
     with monkeypatch.context() as m:
