@@ -232,11 +232,11 @@ def hyperclip_diagram()->Figure:
 # %% ../../nbs/paper/88_drawings.ipynb #6324e2e6
 def hyperldm_diagram()->Figure:
     "Figure 8: train the HVAE, train HyperLDM (Algorithm 13), sample (Algorithm 14)"
-    ax = sheet('HyperLDM in three steps, of a generator, a denoiser and sampling', 6.)
-    _train_hvae(ax, 5.22)
-    y, low = 3.75, 2.95
+    ax = sheet('HyperLDM in three steps, of a generator, a denoiser and sampling', 6.6)
+    _train_hvae(ax, 5.82)
+    y, low = 4.35, 3.55
     title = 'train HyperLDM: find the noise in a latent, told the question'
-    panel(ax, '2', title, (.1, 2.65, 6.8, 1.85))
+    panel(ax, '2', title, (.1, 3.25, 6.8, 1.85))
     told = dict(route=ACROSS_FIRST, label='or 0, at times', shift=(.02, -.45))
     draw(ax, dict(
         W=(.5, y, '$W_i$', 'weights'), d=(1.35, y, 'encoder\n$d$', 'frozen'),
@@ -244,23 +244,23 @@ def hyperldm_diagram()->Figure:
         p=(4.45, y, r'denoiser $\epsilon_\psi$', 'learned'),
         q=(5.45, y, r'$\hat{\epsilon}$', 'latent'),
         L=(6.35, y, r'$\Vert\epsilon-\hat{\epsilon}\,\Vert^2$', 'loss'),
-        t=(1., low, 'question $t_i$', 'text'), T=(2.3, low, 'CLIP$_T$', 'frozen'),
+        t=(1., low, 'question', 'text'), T=(2.3, low, 'CLIP$_T$', 'frozen'),
         e=(3.35, low, '$e_i$', 'text'),
     ), ['W d z', 'n p q L', 't T e'], [
         ('z', 'n', dict(label=r'noise $\epsilon$')), ('e', 'p', told),
         *_back('L', 'p', below=-.42)])
-    _sample(ax, 1.7, .82)
+    _sample(ax, 1.5, 2.55)
     return legend(ax)
 
-def _sample(ax, y, low):
-    title = 'sample: noise becomes a latent, and the latent a network'
-    panel(ax, '3', title, (.1, .42, 6.8, 2.13))
-    made = draw(ax, dict(
-        n=(.6, y, 'noise\n$z^T$', 'latent'),
-        p=(1.72, y, r'denoiser $\epsilon_\psi$', 'frozen'),
-        z=(2.82, y, '$z^0$', 'latent'), h=(3.68, y, 'hypernet\n$h$', 'frozen'),
-        W=(4.55, y, '$W$', 'weights'), f=(5.38, y, 'base\nnet $f$', 'frozen'),
-        a=(6.38, y, 'answer', 'text'), t=(.66, low, 'question\n$t_i$', 'text'),
-        T=(1.72, low, 'CLIP$_T$', 'frozen'), x=(5.38, low, 'image', 'image'),
-    ), ['n p z h W f a', 't T', 'x f'], [_told('T', 'p')])
-    loop(ax, made['p'], '$T$ times')
+def _sample(ax, y, top):
+    panel(ax, '3', 'sample: noise becomes a latent, then weights', (.1, .42, 6.8, 2.73))
+    again = dict(below=.75, label='with $z^{t-1}$, until $z^0$', shift=(0, -.37))
+    draw(ax, dict(
+        n=(.55, y, 'noise\n$z^T$', 'latent'), T=(1.8, top, 'CLIP$_T$', 'frozen'),
+        p=(1.8, y + .33, 'denoiser\n$\\epsilon_\\psi(z^t, e_i)$', 'frozen'),
+        q=(1.8, y - .33, 'denoiser\n$\\epsilon_\\psi(z^t, 0)$', 'frozen'),
+        g=(3., y, 'mixed\nby $\\gamma$', 'latent'), t=(.66, top, 'question', 'text'),
+        z=(3.68, y, '$z^0$', 'latent'), h=(4.4, y, 'hypernet\n$h$', 'frozen'),
+        W=(5.1, y, '$W$', 'weights'), f=(5.74, y, 'base\nnet $f$', 'frozen'),
+        a=(6.53, y, 'answer', 'text'), x=(5.74, y - .75, 'image', 'image'),
+    ), ['n p g z h W f a', 'n q g', 't T', 'x f'], [_told('T', 'p'), ('g', 'n', again)])
