@@ -428,8 +428,8 @@ def test_the_gap_is_to_the_same_share(done):
     table = summary(done[0].results)
     table = table[table.setting == 'zero-shot'].set_index(['method', 'descriptors'])
     for share in (1., .5):
-        conditional = table.loc['cond-multitask', share]
-        regression = table.loc['hvae-regression', share]
+        conditional = table.loc[[('cond-multitask', share)]].iloc[0]
+        regression = table.loc[[('hvae-regression', share)]].iloc[0]
         assert conditional.gap == 0
         difference = regression.test - conditional.test
         assert regression.gap == pytest.approx(difference, abs=1e-3)
