@@ -341,3 +341,21 @@ def test_divergence(s, n):
     torch.testing.assert_close(kl, expected)
     assert (kl > 0).all()
     assert kl_divergence(0*mu, 0*mu).eq(0).all()
+
+
+@pytest.mark.parametrize('mu', [
+    torch.zeros(6, 2, 4), # all the same
+    torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(0))*torch.eye(4)[0],
+    torch.ones(1, 1, 4), # one latent alone
+])
+def test_a_constant_latent_is_learned_as_such(mu):
+    "Nothing to divide by is no NaN: the loss is finite, and what is constant stays so"
+    log_var = torch.full_like(mu, -torch.inf)
+    e = torch.eye(len(mu), 8)
+    ldm, losses = train_hyperldm(
+        mu, log_var, e, steps=25, hidden=(16,),
+        generator=torch.Generator().manual_seed(0))
+    assert all(map(math.isfinite, losses))
+    assert torch.isfinite(ldm.mean).all() and torch.isfinite(ldm.std).all()
+    assert (ldm.std > 0).all()
+    assert torch.allclose(ldm.mean, mu.mean((0, 1)))

@@ -130,7 +130,7 @@ def train_hyperldm(
     ldm = HyperLDM(mu.shape[-1], e.shape[1], hidden, kind, generator).to(e.device)
     variance = mu.var((0, 1)) + log_var.exp().mean((0, 1))
     ldm.mean.copy_(mu.mean((0, 1)))
-    ldm.std.copy_(variance.sqrt())
+    ldm.std.copy_(variance.sqrt().where(variance > 0, 1.)) # a constant one stays
     params = list(ldm.net.parameters())
     optimizer, scheduler = with_schedule(schedule, params, lr, steps)
     others = task_ids if described_only else None
