@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from hyperclip_nb.vision.clip import load_clip
+
 STAR = 'What color is the star?'
 
 
@@ -187,3 +189,10 @@ def test_a_question_about_scenes_needs_no_tables(here):
 def test_light_imports(module, absent):
     program = f'import sys, hyperclip_nb.{module}; sys.exit({absent!r} in sys.modules)'
     assert run_python(program).returncode == 0
+
+
+def test_a_torchscript_archive_is_told_with_a_remedy(here):
+    traced = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+    traced.save('weights.pt')
+    with pytest.raises(ValueError, match='TorchScript archive: name open_clip'):
+        load_clip('tiny-clip:weights.pt')

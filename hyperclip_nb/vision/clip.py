@@ -153,6 +153,13 @@ def _warn_unknown(texts, words):
         warnings.warn(f'the tiny CLIP was never taught these words: {some}')
 
 # %% ../../nbs/vision/16_clip.ipynb #78cddd1f
+def _reason(error):
+    "Why weights could not be loaded, and what to do where torch's advice is no help"
+    if 'TorchScript' in str(error):
+        remedy = "name open_clip's tag of these weights, such as openai, or save its"
+        return f'it is a TorchScript archive: {remedy} state_dict() as safetensors'
+    return error
+
 def load_clip(
     name:str='tiny', # or MODEL:PRETRAINED of open_clip, as 'ViT-L-14-336:openai'
     device:str='cpu', # where it computes
@@ -172,7 +179,7 @@ def load_clip(
         )
     except Exception as error:
         problem = f'the weights {weights} of {architecture} could not be loaded'
-        raise ValueError(f'{problem}: {error}') from None
+        raise ValueError(f'{problem}: {_reason(error)}') from None
     is_tiny = name == 'tiny'
     tokens = _tiny_tokenizer() if is_tiny else open_clip.get_tokenizer(architecture)
     width = model.text_projection.shape[1]
