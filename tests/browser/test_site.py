@@ -129,6 +129,7 @@ CONTRAST = '''() => {
         const place = node.getBoundingClientRect(), look = getComputedStyle(node);
         if (!text || !place.width || look.visibility === 'hidden') continue;
         if (node.closest('script, style, noscript, svg, .katex-mathml')) continue;
+        if (parse(look.color)[3] === 0) continue; // room that a formula leaves
         const below = ground(node), color = over(parse(look.color), below);
         const [a, b] = [light(color), light(below)];
         const ratio = (Math.max(a, b) + .05)/(Math.min(a, b) + .05);
