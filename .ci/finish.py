@@ -8,6 +8,7 @@ HEADER = re.compile(r'<header id="title-block-header".*?</header>', re.S)
 ROOT = Path(__file__).parent.parent.resolve()
 WEB_FONT = re.compile(r'@import url\([^)]*fonts\.googleapis\.com[^)]*\);?')
 SYMBOL = re.compile(r'<a href="([^"#]*)#([\w.]+)">(<code>[^<]*</code>)</a>')
+CAPTION = re.compile(r'<p>(<em>(?:(?!</em>|<p>).)*</em>)</p>', re.S)
 COLAB = 'https://colab.research.google.com/github/'
 
 
@@ -50,7 +51,7 @@ def known_symbols(text, page):
 
 def finish_page(text, address, notebook, cfg):
     "A page with its own address, and links to its notebook; no path of this machine."
-    text = text.replace(f'{ROOT}/', '')
+    text = CAPTION.sub(r'<p class="caption">\1</p>', text.replace(f'{ROOT}/', ''))
     if 'rel="canonical"' not in text:
         canonical = f'<link rel="canonical" href="{address}">'
         text = text.replace('</head>', canonical + '</head>', 1)
