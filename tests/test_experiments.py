@@ -5,7 +5,6 @@ again. Stages and methods register themselves, and move no number of any other."
 import copy
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from hyperclip_nb.data.files import _machine
 from hyperclip_nb.lab import experiments, stages
 from hyperclip_nb.lab.experiments import read_results, reproduce
 from hyperclip_nb.lab.methods import ABLATION, METHODS, PAPER_ROWS, Start, method
@@ -124,7 +124,7 @@ def test_a_killed_run_ends_with_the_same_rows(done, tmp_path):
 
 def test_half_written_files_of_a_dead_process_go(done):
     stage_files = done[1]/'stages'
-    host = platform.node()
+    host = _machine()
     dead = stage_files/f'.seed0-hvae.safetensors.{host}.999999999.part'
     dead.write_bytes(b'half')
     mine = stage_files/f'.seed0-hvae.safetensors.{host}.{os.getpid()}.part'

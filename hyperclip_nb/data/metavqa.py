@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .files import read_json, write_json
+from hyperclip_nb.data.files import (
+    SUMS, check_files, read_json, write_checksums, write_json,
+)
 from .tasks import Task, compact_images, make_task, task_stats
 from .statements import statement
 
@@ -110,13 +112,15 @@ def save_metavqa(
     for part, tasks in data.tasks.items():
         parts[part] = {task.question: _as_json(data, task) for task in tasks}
         prompts |= {task.question: task.prompt for task in tasks}
-    for file in (_FILES | _VALID).values():
+    for file in (SUMS, *(_FILES | _VALID).values()):
         (folder/file).unlink(missing_ok=True)
     write_json(folder/_PROMPTS, prompts, ensure_ascii=False)
     for part in 'test', 'valid', 'train':
         if part in parts:
             file = (_FILES | _VALID)[part]
             write_json(folder/file, parts[part], ensure_ascii=False)
+    written = _PROMPTS, *((_FILES | _VALID)[part] for part in parts)
+    write_checksums(folder, written)
 
 # %% ../../nbs/data/10_metavqa.ipynb #e9208326
 def _check_pairs(where, key, task):
@@ -160,6 +164,7 @@ def _read_parts(folder):
     if (folder/_VALID['valid']).exists():
         files |= _VALID
     found = {part: read_json(folder/file) for part, file in files.items()}
+    check_files(folder)
     prompt_file = folder/_PROMPTS
     prompts = read_json(prompt_file) if prompt_file.exists() else {}
     _check_parts(folder, files, found)

@@ -6,12 +6,11 @@
 __all__ = ['META_VQA', 'reproduce', 'merge', 'count_work', 'Sizes', 'world_sizes', 'task_sizes', 'Experiment', 'read_results']
 
 # %% ../../nbs/lab/60_experiments.ipynb #5e64079a
-import json
 import shutil
 from collections import Counter
 from typing import NamedTuple
 import numpy as np
-from ..data.files import read_json, write_json
+from ..data.files import read_json, sealed, write_json
 from ..data.tasks import has_descriptor
 from .runs import Run
 from .stages import STAGES, Models, override, with_needs
@@ -37,7 +36,7 @@ def _rows_of(
     for row in missing:
         known[_key(row)] = row | _rounded(evaluate_row(models, row))
     if file and missing:
-        write_json(file, list(known.values()))
+        write_json(file, sealed(dict(rows=list(known.values()))))
     rows = [known[_key(row)] for row in wanted]
     title = METHODS[job.slug].title
     say(_summary_line(job.seed, job.named_share, title, rows))
@@ -73,10 +72,9 @@ def _read_rows(file):
     if not file or not file.exists():
         return []
     try:
-        return json.loads(file.read_text())
+        return read_json(file, 'rows')
     except ValueError as e:
-        advice = 'remove it, and it is measured again'
-        raise ValueError(f'{file} is damaged ({e}): {advice}') from None
+        raise ValueError(f'{e}: remove it, and it is measured again') from None
 
 # %% ../../nbs/lab/60_experiments.ipynb #bb2f988b
 def reproduce(
@@ -113,7 +111,7 @@ def reproduce(
     asked = dict(seeds=seeds, shares=shares, methods=methods, gammas=gammas)
     asked = {key: list(values) for key, values in asked.items()}
     if out:
-        write_json(run.folder/'grid.json', asked)
+        write_json(run.folder/'grid.json', sealed(asked))
     jobs = grid_jobs(seeds, shares, methods)
     if shard:
         jobs = shard_jobs(jobs, shard)

@@ -7,9 +7,9 @@ __all__ = ['Parts']
 
 # %% ../../nbs/lab/47_parts.ipynb #ffbee258
 from pathlib import Path
-from safetensors.torch import load_file
+
 from torch import Tensor
-from ..data.files import write_tensors
+from ..data.files import read_tensors, write_tensors
 
 # %% ../../nbs/lab/47_parts.ipynb #4d6a7b23
 class Parts:
@@ -62,9 +62,9 @@ def _write_part(file, part):
 
 def _read_part(file, untrained, device):
     try:
-        tensors = load_file(file, device=device)
+        tensors, _ = read_tensors(file)
         if not untrained:
-            return tensors['value']
+            return tensors['value'].to(device)
         module = untrained().to(device)
         module.load_state_dict(tensors)
     except Exception as e:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file, save
-from ..data.files import atomic_write, read_json
+import torch
+from hyperclip_nb.data.files import (
+    atomic_write, digest, read_json, read_tensors, sealed, write_tensors,
+)
 from ..data.folder import ZERO_SHOT
 from ..writer.pretrained import read_question
 from ..writer.writer import save_hyperldm, save_tuned
@@ -103,7 +105,7 @@ def _as_word(value):
     return f'{value:g}' if isinstance(value, float) else str(value)
 
 # %% ../../nbs/lab/59_reports.ipynb #a29ddde1
-def _as_json(results, data):
+def _as_json(results, data, per_task):
     "The text of results.json"
     config = results['config']
     valid = []
@@ -114,7 +116,9 @@ def _as_json(results, data):
     sections = dict(command=json.dumps(command), config=json.dumps(config))
     sections |= dict(rows=_line_by_line(results['rows']))
     sections |= dict(validation=_line_by_line(valid), chosen=json.dumps(chosen))
-    sections |= dict(versions=json.dumps(versions()))
+    sections |= dict(versions=json.dumps(versions()), per_task=json.dumps(per_task))
+    content = {name: json.loads(text) for name, text in sections.items()}
+    sections |= dict(sha256=json.dumps(sealed(content)['sha256']))
     lines = [f'"{name}": {text}' for name, text in sections.items()]
     return '{' + ',\n '.join(lines) + '}\n'
 
@@ -130,11 +134,14 @@ def save_results(
     "Write results, tables and the trained HyperLDM, each file whole or not at all"
     out = Path(out)
     results = done.results
-    arrays = {name: results[name] for name in (*SCORES, 'concepts') if name in results}
+    names = [name for name in (*SCORES, 'concepts') if name in results]
+    arrays = {name: torch.from_numpy(results[name]) for name in names}
     means = summary(results).to_csv(index=False, float_format='%.4f')
-    atomic_write(out/'results.json', _as_json(results, done.run.source.folder))
+    write_tensors(out/'per_task.safetensors', arrays)
+    per_task = _name_of_file(out/'per_task.safetensors')
+    text = _as_json(results, done.run.source.folder, per_task)
+    atomic_write(out/'results.json', text)
     atomic_write(out/'results.csv', pd.DataFrame(results['rows']).to_csv(index=False))
-    atomic_write(out/'per_task.safetensors', save(arrays))
     atomic_write(out/'summary.csv', means)
     for name, table in dict(table1=table1(results), table4=table4(results)).items():
         atomic_write(out/f'{name}.csv', table.to_csv(index=False))
@@ -193,9 +200,20 @@ def read_results(
 )->dict: # config, rows; valid, test (rows,T) and concepts (T,) as arrays
     "A grid from its files; ValueError where there is nothing to be read"
     try:
-        results = json.loads((Path(folder)/'results.json').read_text())
-        return results | load_file(Path(folder)/'per_task.safetensors')
+        results = read_json(Path(folder)/'results.json')
+        return results | _read_per_task(Path(folder)/'per_task.safetensors', results)
     except Exception as e:
         advice = f'make them with hyperclip reproduce --out {folder}'
         problem = f'{folder} holds no readable results ({e})'
         raise ValueError(f'{problem}: {advice}') from None
+
+def _read_per_task(file, results):
+    "Accuracies of single tasks, as arrays"
+    expected = results.get('per_task') # none in files of earlier versions
+    if expected not in (None, _name_of_file(file)):
+        raise ValueError(f'{file} is not the one that belongs to results.json')
+    tensors, _ = read_tensors(file)
+    return {name: x.numpy() for name, x in tensors.items()}
+
+def _name_of_file(path):
+    return digest(path.read_bytes())

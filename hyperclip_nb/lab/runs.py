@@ -11,7 +11,9 @@ import json
 import os
 from pathlib import Path
 import torch
-from ..data.files import digest, remove_unfinished, write_json
+from hyperclip_nb.data.files import (
+    digest, read_json, remove_unfinished, sealed, write_json,
+)
 from ..data.batches import TaskData, all_texts
 from ..data.world import make_world
 from ..data.metavqa import load_metavqa, split_valid, unseen_queries
@@ -29,10 +31,9 @@ def _check_same(folder, config):
     if not file.exists():
         return
     try:
-        found = json.loads(file.read_text())
+        found = read_json(file)
     except ValueError as e:
-        advice = 'give another folder, or remove this one'
-        raise ValueError(f'{file} is damaged ({e}): {advice}') from None
+        raise ValueError(f'{e}: give another folder, or remove this one') from None
     _check_equal(folder, 'source of tasks', _source_of(found), _source_of(config))
     for name, new in config.items():
         if name not in ('settings', 'data') and (name in found or name != 'tasks'):
@@ -163,7 +164,7 @@ def _task_data(tasks, features, device):
 def _stored_arguments(folder):
     "What a run was made with, from its folder; ValueError where there is none"
     try:
-        config = json.loads((Path(folder)/'config.json').read_text())
+        config = read_json(Path(folder)/'config.json')
         arguments = dict(
             settings=_with_tuples(config['settings']),
             preset=config['preset'],
@@ -171,9 +172,9 @@ def _stored_arguments(folder):
             clip=config['clip']['name'],
         )
         data = config.get('data')
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError) as e:
         advice = f'make one with hyperclip reproduce --out {folder}'
-        raise ValueError(f'{folder} holds no experiment: {advice}') from None
+        raise ValueError(f'{folder} holds no experiment ({e}): {advice}') from None
     return arguments | dict(data=data and _stored_data(Path(folder), data))
 
 def _stored_data(folder, path):
@@ -197,11 +198,11 @@ def _with_tuples(value):
 def _write_config(folder, config):
     "Write what a run was made from, and add the versions of this process"
     file = folder/'config.json'
-    known = json.loads(file.read_text()).get('versions', []) if file.exists() else []
+    known = read_json(file).get('versions', []) if file.exists() else []
     mine = versions()
     if mine not in known:
         known = [*known, mine]
-    write_json(file, config | dict(versions=known), indent=1)
+    write_json(file, sealed(config | dict(versions=known)), indent=1)
 
 # %% ../../nbs/lab/48_runs.ipynb #11870cba
 class Run(Parts):

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from hyperclip_nb.data.files import (
-    digest, find_images, load_checked, write_json, write_tensors,
+    digest, find_images, load_checked, read_json, sealed, write_json, write_tensors,
 )
 from ..data.images import open_image
 from ..data.batches import Features
@@ -142,7 +142,7 @@ def encode_files(
         images=_digest(names), texts=_digest(texts), shards=files,
         unreadable=unreadable,
     )
-    write_json(folder/'index.json', index, indent=1)
+    write_json(folder/'index.json', sealed(index), indent=1)
     return unreadable
 
 # %% ../../nbs/vision/21_photographs.ipynb #86c7592c
@@ -180,12 +180,12 @@ class ShardedFeatures:
 def _read_index(folder):
     "The index of a folder of features; ValueError where there is none"
     try:
-        index = json.loads((folder/'index.json').read_text())
+        index = read_json(folder/'index.json')
         wanted = 'shards', 'fingerprint', 'images', 'texts', 'unreadable'
         return {name: index[name] for name in wanted} | index
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError) as e:
         advice = 'make them with hyperclip data features'
-        raise ValueError(f'{folder} holds no features: {advice}') from None
+        raise ValueError(f'{folder} holds no features ({e}): {advice}') from None
 
 def open_features(
     folder, # that `encode_files` wrote
