@@ -87,7 +87,7 @@ def reproduce(
     split:str=None, # of a world's tasks: 'concept', 'question'; None: the preset's own
     out=None, # folder for all that is computed; None: nothing is kept
     device:str='cpu', # where it is computed
-    clip:str='tiny', # the CLIP of a world: tiny, or MODEL:PRETRAINED
+    clip='tiny', # the CLIP of a world: tiny, MODEL:PRETRAINED, or a `Clip`
     overwrite:bool=False, # forget what the folder holds, but for the features
     track=lambda steps, what: steps, # shows how far the steps of something are
     say=lambda text: None, # is told about each job that is done

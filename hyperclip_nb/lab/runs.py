@@ -17,7 +17,7 @@ from hyperclip_nb.data.files import (
 from ..data.batches import TaskData, all_texts
 from ..data.world import make_world
 from ..data.metavqa import load_metavqa, split_valid, unseen_queries
-from ..vision.clip import load_clip
+from ..vision.clip import Clip, load_clip
 from ..vision.features import encode_world
 from ..vision.photographs import drop_images, image_ids, open_features
 from ..base.adapter import Adapter
@@ -65,8 +65,8 @@ class _WorldTasks:
     def __init__(self, seed, settings, clip, device):
         self.seed = seed
         self.settings = settings
-        self.clip = load_clip(clip, device)
-        model = dict(name=clip, fingerprint=self.clip.fingerprint)
+        self.clip = clip if isinstance(clip, Clip) else load_clip(clip, device)
+        model = dict(name=self.clip.name, fingerprint=self.clip.fingerprint)
         self.config = dict(world_seed=seed, clip=model)
 
     def load(self,
@@ -213,7 +213,7 @@ class Run(Parts):
         world_seed:int=0, # of scenes and questions
         folder=None, # where all that is trained is kept; None: only in memory
         device:str='cpu', # where it is computed
-        clip:str='tiny', # the CLIP of a world: tiny, or MODEL:PRETRAINED
+        clip='tiny', # the CLIP of a world: tiny, MODEL:PRETRAINED, or a `Clip`
         track=lambda steps, what: steps, # shows how far the steps of something are
         data=None, # folder of tasks and features, instead of a world
     ):
@@ -245,7 +245,7 @@ class Run(Parts):
     @classmethod
     def open(cls,
         folder, # that a run was made with
-        **options, # go to `Run`: `device`, `track`
+        **options, # go to `Run`: `device`, `track`, a `clip` of one's own
     ):
         "The run of a folder, with the settings that it was made with"
-        return cls(folder=folder, **_stored_arguments(folder), **options)
+        return cls(folder=folder, **_stored_arguments(folder) | options)

@@ -18,8 +18,9 @@ from ..data.files import write_tensors
 from ..data.scenes import ATTRIBUTES, BACKGROUNDS
 from ..data.drawing import render
 from .tokenizer import tokenize, vocabulary
-from .clip import ASSETS, TINY, Clip
-from .clip import fingerprint, image_size, normalized
+from hyperclip_nb.vision.clip import (
+    ASSETS, TINY, Clip, image_size, normalized, wrap_clip,
+)
 from .heads import ImageHeads
 from hyperclip_nb.vision.lessons import (
     Teacher, lesson_loss, make_lesson, training_scenes,
@@ -169,8 +170,7 @@ def wrap_tiny(
     transform = open_clip.image_transform(
         image_size(model), is_train=False, resize_mode='squash'
     )
-    width = model.text_projection.shape[1]
-    return Clip(model, transform, tokens, 'tiny', fingerprint(model), width)
+    return wrap_clip(model, transform, tokens, 'tiny')
 
 # %% ../../nbs/vision/19_tiny_clip.ipynb #a30da9c2
 def save_tiny(

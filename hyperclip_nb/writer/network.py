@@ -237,11 +237,11 @@ def _check_content(path, network, about):
 
 # %% ../../nbs/writer/41_network.ipynb #625f5a80
 def _check_clip(path, clip, made_by):
-    for name, found in dict(clip=clip.fingerprint, clip_settings=clip.settings).items():
-        expected = made_by.get(name, found)
-        if _as_text(found) != _as_text(expected):
-            problem = f'{path} was written for another CLIP ({expected}, not {found})'
-            raise ValueError(f'{problem}; write it again with hyperclip ask --save')
+    found = clip.fingerprint
+    expected = made_by.get('clip', found)
+    if found != expected:
+        problem = f'{path} was written for another CLIP ({expected}, not {found})'
+        raise ValueError(f'{problem}; write it again with hyperclip ask --save')
 
 def _clip_of(network):
     "The CLIP of a network, loaded when it is first needed"
