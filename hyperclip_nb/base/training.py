@@ -95,7 +95,10 @@ def fit(
                 scheduler.step()
             mean.update()
             history.append({name: value.detach() for name, value in losses.items()})
+            if len(history) % 50 == 0:
+                _check_finite(history[-50:], len(history) - 50)
         ends.append(len(history))
+        _check_finite(history[-50:], max(0, len(history) - 50))
         best.update()
     assign(params, best.values)
     history = [_numbers(losses) for losses in history]
@@ -104,6 +107,16 @@ def fit(
 
 def _numbers(losses):
     return {name: float(value) for name, value in losses.items()}
+
+def _check_finite(history, before): # losses of some steps, and how many were before
+    "FloatingPointError names the first step whose loss is not a number"
+    if not history:
+        return
+    lost = ~torch.stack([losses['loss'] for losses in history]).isfinite()
+    if lost.any():
+        step = int(lost.nonzero()[0, 0])
+        value = float(history[step]['loss'])
+        raise FloatingPointError(f'the loss is {value} in step {before + step + 1}')
 
 # %% ../../nbs/base/24_training.ipynb #a9d12613
 _listener = ContextVar('listener', default=None) # the list of the innermost block

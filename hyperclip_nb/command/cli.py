@@ -9,6 +9,8 @@ __all__ = ['app', 'COMMANDS', 'train_clip', 'main', 'command']
 import contextlib
 import gc
 import os
+import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -106,14 +108,39 @@ def main():
     accept_any_text()
     args = sys.argv[1:] or ['--help']
     try:
-        sys.exit(app(args, prog_name='hyperclip', standalone_mode=False))
+        with _terminated_like_interrupted():
+            sys.exit(app(args, prog_name='hyperclip', standalone_mode=False))
     except (ValueError, OSError, _UsageError) as mistake:
         text = mistake.format_message() if isinstance(mistake, _UsageError) else mistake
         print('error:', text, file=sys.stderr)
         sys.exit(2)
+    except (FloatingPointError, MemoryError, RuntimeError) as failure:
+        print('error:', _failure(failure), file=sys.stderr)
+        sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
-        print('stopped: the same command goes on where it was', file=sys.stderr)
+        again = shlex.join(['hyperclip', *args])
+        print('stopped; this goes on where it was:', again, file=sys.stderr)
         sys.exit(130)
+
+def _failure(error):
+    "One line about what no one did wrong; what nobody foresaw is raised again"
+    if isinstance(error, MemoryError) or 'memory' in str(error).lower():
+        what_needs = 'hyperclip plan says which stage needs how much'
+        return f'there is too little memory; what is done is kept, and {what_needs}'
+    if isinstance(error, FloatingPointError):
+        return str(error)
+    raise error
+
+@contextlib.contextmanager
+def _terminated_like_interrupted():
+    "A block in which SIGTERM, by which a queue ends a job, is like Ctrl-C"
+    def stop(*_):
+        raise KeyboardInterrupt
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 def _show_warning(message, *_, **__):
     "A warning in one line, without the place in the code"

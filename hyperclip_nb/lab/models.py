@@ -7,6 +7,7 @@ __all__ = ['STREAMS', 'STAGES', 'DERIVED', 'stream', 'stage_rng', 'Stage', 'stag
 
 # %% ../../nbs/lab/50_models.ipynb #f6e4d9de
 import functools
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Callable
 import numpy as np
@@ -183,11 +184,31 @@ def _trained(models, stage):
 
 def _train_recorded(models, stage, name):
     "A part that is trained now; how that went is kept beside it"
-    with record_trainings() as trainings:
+    with record_trainings() as trainings, _named_failure(models, stage, name):
         part = _train(models, stage)
+        _check_finite(part)
     if models.run.folder:
         save_curves(models.run.folder, name, trainings)
     return part
+
+@contextmanager
+def _named_failure(models, stage, name):
+    "A block whose numbers may get out of hand: which stage it was, and what to try"
+    try:
+        yield
+    except FloatingPointError as error:
+        settings = models.settings[stage.settings]
+        rates = [key for key in settings if key == 'lr' or key.endswith('_lr')]
+        tries = [f'--set {stage.settings}.{k}={settings[k]/10:g}' for k in rates]
+        remedy = f'try a smaller rate, {tries[0]}' if tries else 'look at the data'
+        raise FloatingPointError(f'stage {name}: {error}; {remedy}') from None
+
+def _check_finite(part):
+    "FloatingPointError where a module or a tensor holds something that is no number"
+    tensors = part.state_dict() if isinstance(part, nn.Module) else dict(value=part)
+    for name, x in tensors.items():
+        if not x.isfinite().all():
+            raise FloatingPointError(f'{name} holds values that are no numbers')
 
 def _train(models, stage):
     _check_settings(models, stage)
