@@ -92,7 +92,8 @@ def test_a_part_with_numbers_that_are_none_is_not_kept(run, monkeypatch):
 
 @pytest.mark.parametrize('sign', [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_says_how_it_goes_on(tmp_path, sign):
-    process = hyperclip_process(tmp_path/'run', '--methods', 'multitask')
+    long = ['--set', 'multitask.epochs=2000', '--methods', 'multitask']
+    process = hyperclip_process(tmp_path/'run', *long)
     end = time.time() + 120
     while not (tmp_path/'run'/'grid.json').exists() and time.time() < end:
         time.sleep(.02)

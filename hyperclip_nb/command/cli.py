@@ -108,7 +108,7 @@ def main():
     accept_any_text()
     args = sys.argv[1:] or ['--help']
     try:
-        with _terminated_like_interrupted():
+        with _stopped_by_signals():
             sys.exit(app(args, prog_name='hyperclip', standalone_mode=False))
     except (ValueError, OSError, _UsageError) as mistake:
         text = mistake.format_message() if isinstance(mistake, _UsageError) else mistake
@@ -117,7 +117,7 @@ def main():
     except (FloatingPointError, MemoryError, RuntimeError) as failure:
         print('error:', _failure(failure), file=sys.stderr)
         sys.exit(1)
-    except (KeyboardInterrupt, typer.Abort):
+    except (_Stopped, typer.Abort):
         again = shlex.join(['hyperclip', *args])
         print('stopped; this goes on where it was:', again, file=sys.stderr)
         sys.exit(130)
@@ -131,16 +131,21 @@ def _failure(error):
         return str(error)
     raise error
 
+class _Stopped(BaseException):
+    "Somebody asks the process to end; a KeyboardInterrupt would not pass Typer"
+
 @contextlib.contextmanager
-def _terminated_like_interrupted():
-    "A block in which SIGTERM, by which a queue ends a job, is like Ctrl-C"
+def _stopped_by_signals():
+    "A block that Ctrl-C ends, and SIGTERM, by which a queue ends a job"
     def stop(*_):
-        raise KeyboardInterrupt
-    before = signal.signal(signal.SIGTERM, stop)
+        raise _Stopped
+    signs = signal.SIGINT, signal.SIGTERM
+    before = [signal.signal(sign, stop) for sign in signs]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for sign, handler in zip(signs, before):
+            signal.signal(sign, handler)
 
 def _show_warning(message, *_, **__):
     "A warning in one line, without the place in the code"
