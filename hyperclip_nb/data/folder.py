@@ -12,7 +12,8 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from .files import IMAGE_ENDINGS, find_files, write_json
+from .files import write_json
+from .images import IMAGE_ENDINGS, find_files
 from .metavqa import VQA, save_metavqa, split_questions
 from hyperclip_nb.data.sheet import (
     Mistakes, note_contradictions, plain, read_sheet,

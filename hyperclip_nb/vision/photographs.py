@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from hyperclip_nb.data.files import (
-    digest, find_images, load_checked, read_json, sealed, write_json, write_tensors,
+    digest, load_checked, read_json, sealed, write_json, write_tensors,
 )
-from ..data.images import open_image
+from ..data.images import find_images, open_image
 from ..data.batches import Features
 from .clip import Clip
 
