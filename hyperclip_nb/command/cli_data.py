@@ -177,6 +177,9 @@ _Pretrained = Annotated[Optional[str], Option(
 )]
 _BatchSize = Annotated[int, Option(min=1, help='images at a time')]
 _Workers = Annotated[int, Option(min=0, help='threads that decode images')]
+_MostLost = Annotated[float, Option(
+    '--most-unreadable', min=0, max=1, help='share of images that may be unreadable',
+)]
 
 # %% ../../nbs/command/83_cli_data.ipynb #4bc16793
 @add_command(data_app, 'features')
@@ -187,6 +190,7 @@ def features(
     pretrained: _Pretrained = None, # weights of the model
     batch: _BatchSize = 64, # images at a time
     workers: _Workers = 2, # threads that decode images
+    most_lost: _MostLost = .1, # images that cannot be read
     device: Device = 'auto', # where to compute
 ):
     """
@@ -212,6 +216,7 @@ def features(
             folder/'features',
             batch,
             workers,
+            most_lost=most_lost,
             progress=progress,
         )
     _report_lost(tasks, found.images, lost)

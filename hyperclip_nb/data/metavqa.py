@@ -61,7 +61,8 @@ def _check_enough(tasks, questions): # dict of tasks, number of questions
     if len(tasks) < 4:
         found = f'{len(tasks)} of {questions} questions have '
         found += 'more than 20 images and more than one answer'
-        raise ValueError(f'{found}: too few for training, validation and test tasks')
+        problem = f'{found}: too few for training, validation and test tasks'
+        raise ValueError(f'{problem}; add questions that are asked of more pictures')
 
 # %% ../../nbs/data/10_metavqa.ipynb #1e06da97
 def build_tasks(
@@ -164,7 +165,6 @@ def _read_parts(folder):
     if (folder/_VALID['valid']).exists():
         files |= _VALID
     found = {part: read_json(folder/file) for part, file in files.items()}
-    check_files(folder)
     prompt_file = folder/_PROMPTS
     prompts = read_json(prompt_file) if prompt_file.exists() else {}
     _check_parts(folder, files, found)
@@ -172,6 +172,7 @@ def _read_parts(folder):
         for question, task in found[part].items():
             where = f'{folder/file}: "{question}"'
             _check_task(where, task, prompts.get(question))
+    check_files(folder)
     return found, prompts
 
 def _check_parts(folder, files, found):

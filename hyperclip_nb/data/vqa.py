@@ -154,5 +154,9 @@ def read_vqa(
     folder, # of the four official files
 )->pd.DataFrame: # a row for each answered question: question, image, answer, kind
     "Questions and answers of VQA v2, train2014 and val2014 together"
-    parts = [_read_subset(folder, subset) for subset in SUBSETS]
+    try:
+        parts = [_read_subset(folder, subset) for subset in SUBSETS]
+    except ValueError as mistake:
+        again = f'hyperclip data download vqa2-text --to {folder}'
+        raise ValueError(f'{mistake}; get the official files with {again}') from None
     return pd.concat(parts, ignore_index=True)

@@ -69,6 +69,13 @@ def _batches(files, batch, workers):
         while ahead:
             yield _collate([job.result() for job in ahead.popleft()])
 
+def _finite(x): # (n,D)
+    "The same; FloatingPointError where a CLIP has made something that is no number"
+    if not x.isfinite().all():
+        raise FloatingPointError('this CLIP gives values that are no numbers: its '
+                                 'weights are damaged, or too large for half precision')
+    return x
+
 @torch.inference_mode()
 def _encode_shard(clip, paths, batch, workers): # -> (n,D) half, positions of lost files
     "Features of some files; zeros where a file cannot be read"
@@ -78,7 +85,7 @@ def _encode_shard(clip, paths, batch, workers): # -> (n,D) half, positions of lo
     for n, readable, pixels in _batches(ImageFiles(clip, paths), batch, workers):
         if readable:
             rows = torch.tensor(readable) + start
-            features[rows] = clip.encode_pixels(pixels).half().cpu()
+            features[rows] = _finite(clip.encode_pixels(pixels).half().cpu())
         lost += [start + i for i in range(n) if i not in readable]
         start += n
     return features, lost
@@ -105,13 +112,21 @@ def _keep_shard(clip, names, paths, path, batch, workers):
     write_tensors(path, dict(features=features), about)
     return lost
 
+def _check_lost(lost, n, most):
+    "ValueError where so many images are lost that something else must be wrong"
+    if len(lost) > most*n:
+        some = ', '.join(lost[:3])
+        problem = f'{len(lost)} of {n} images cannot be read, such as {some}'
+        remedy = 'look at them, or allow it with --most-unreadable 1'
+        raise ValueError(f'{problem}: more than a share of {most:g}; {remedy}')
+
 def _keep_texts(clip, texts, path):
     "Encode texts that are not there"
     made_for = dict(clip=clip.fingerprint, holds=_digest(texts))
     if path.exists():
         load_checked(path, **made_for)
     else:
-        vectors = clip.encode_text(texts).half().cpu()
+        vectors = _finite(clip.encode_text(texts).half().cpu())
         write_tensors(path, dict(features=vectors), made_for)
 
 # %% ../../nbs/vision/21_photographs.ipynb #745785d2
@@ -124,6 +139,7 @@ def encode_files(
     batch:int=64, # images at a time
     workers:int=0, # threads that decode images
     shard:int=2048, # images in a file
+    most_lost:float=.1, # share of images that may be unreadable
     progress=lambda shards: shards, # wraps the shards, to show how far it is
 )->list: # of names that could not be read
     "Encode what `folder` lacks: images shard by shard, texts, and an index last"
@@ -135,6 +151,7 @@ def encode_files(
         part = slice(start, start + shard)
         lost = _keep_shard(clip, names[part], paths[part], path, batch, workers)
         unreadable += lost
+        _check_lost(unreadable, len(names), most_lost)
         files.append(path.name)
     _keep_texts(clip, texts, folder/'texts.safetensors')
     index = dict(
