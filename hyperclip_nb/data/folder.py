@@ -216,4 +216,4 @@ def save_folder(
         write_json(Path(to)/ZERO_SHOT, own.zero_shot, indent=1, ensure_ascii=False)
     else:
         (Path(to)/ZERO_SHOT).unlink(missing_ok=True)
-    save_metavqa(own.data, to)
+    save_metavqa(own.data, to, [ZERO_SHOT] if own.zero_shot else [])

@@ -106,6 +106,7 @@ def _as_json(data, task):
 def save_metavqa(
     data:VQA, # tasks about named images
     folder, # where the files go
+    also=(), # names of other files in it, whose checksums are written too
 ):
     "Write tasks in the authors' layout, those to train on last"
     folder = Path(folder)
@@ -120,8 +121,8 @@ def save_metavqa(
         if part in parts:
             file = (_FILES | _VALID)[part]
             write_json(folder/file, parts[part], ensure_ascii=False)
-    written = _PROMPTS, *((_FILES | _VALID)[part] for part in parts)
-    write_checksums(folder, written)
+    written = [_PROMPTS, *((_FILES | _VALID)[part] for part in parts)]
+    write_checksums(folder, [*written, *also])
 
 # %% ../../nbs/data/10_metavqa.ipynb #e9208326
 def _check_pairs(where, key, task):

@@ -10,7 +10,7 @@ import shutil
 from collections import Counter
 from typing import NamedTuple
 import numpy as np
-from ..data.files import read_json, sealed, write_json
+from ..data.files import read_sealed, sealed, write_json
 from ..data.tasks import has_descriptor
 from .runs import Run
 from .stages import STAGES, Models, override, with_needs
@@ -72,7 +72,7 @@ def _read_rows(file):
     if not file or not file.exists():
         return []
     try:
-        return read_json(file, 'rows')
+        return read_sealed(file)['rows']
     except ValueError as e:
         raise ValueError(f'{e}: remove it, and it is measured again') from None
 
@@ -183,7 +183,7 @@ def merge(
 
 def _read_grid(file):
     "What was asked for in a folder"
-    asked = read_json(file)
+    asked = read_sealed(file)
     _check_grid(asked['methods'], asked['gammas'], asked['shares'])
     return asked
 

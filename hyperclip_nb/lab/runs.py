@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 import torch
 from hyperclip_nb.data.files import (
-    digest, read_json, remove_unfinished, sealed, write_json,
+    digest, read_sealed, remove_unfinished, sealed, write_json,
 )
 from ..data.batches import TaskData, all_texts
 from ..data.world import make_world
@@ -31,7 +31,7 @@ def _check_same(folder, config):
     if not file.exists():
         return
     try:
-        found = read_json(file)
+        found = read_sealed(file)
     except ValueError as e:
         raise ValueError(f'{e}: give another folder, or remove this one') from None
     _check_equal(folder, 'source of tasks', _source_of(found), _source_of(config))
@@ -164,7 +164,7 @@ def _task_data(tasks, features, device):
 def _stored_arguments(folder):
     "What a run was made with, from its folder; ValueError where there is none"
     try:
-        config = read_json(Path(folder)/'config.json')
+        config = read_sealed(Path(folder)/'config.json')
         arguments = dict(
             settings=_with_tuples(config['settings']),
             preset=config['preset'],
@@ -198,7 +198,7 @@ def _with_tuples(value):
 def _write_config(folder, config):
     "Write what a run was made from, and add the versions of this process"
     file = folder/'config.json'
-    known = read_json(file).get('versions', []) if file.exists() else []
+    known = read_sealed(file).get('versions', []) if file.exists() else []
     mine = versions()
     if mine not in known:
         known = [*known, mine]

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from hyperclip_nb.data.files import (
-    digest, load_checked, read_json, sealed, write_json, write_tensors,
+    digest, load_checked, read_sealed, sealed, write_json, write_tensors,
 )
 from ..data.images import find_images, open_image
 from ..data.batches import Features
@@ -197,7 +197,7 @@ class ShardedFeatures:
 def _read_index(folder):
     "The index of a folder of features; ValueError where there is none"
     try:
-        index = read_json(folder/'index.json')
+        index = read_sealed(folder/'index.json')
         wanted = 'shards', 'fingerprint', 'images', 'texts', 'unreadable'
         return {name: index[name] for name in wanted} | index
     except (ValueError, KeyError) as e:
