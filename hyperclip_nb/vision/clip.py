@@ -70,7 +70,9 @@ class Clip:
         activations = sorted(name for name in names if name.endswith(('ELU', 'ELu')))
         said = getattr(getattr(self.model, 'visual', None), 'preprocess_cfg', {})
         keys = 'size', 'mean', 'std', 'interpolation', 'resize_mode'
-        return dict(activations=activations) | {k: said[k] for k in keys if k in said}
+        settings = dict(activations=activations)
+        settings |= {key: said[key] for key in keys if key in said}
+        return json.loads(json.dumps(settings)) # with lists, as it will be read
 
     def pixels(self,
         images, # PIL images, or uint8 pictures (n,H,W,3)
