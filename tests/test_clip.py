@@ -54,7 +54,8 @@ KINDS = {
     ),
     'MobileCLIP': dict(
         custom_text=True,
-        vision_cfg=timm('fastvit_t8', 64, timm_pool='avg', timm_proj=None), text_cfg=TEXT,
+        vision_cfg=timm('fastvit_t8', 64, timm_pool='avg', timm_proj=None),
+        text_cfg=TEXT,
     ),
 }
 WIDTHS = dict(EVA=192, MobileCLIP=768)  # of towers that have no projection

@@ -1,7 +1,7 @@
 """What must be true whatever the numbers are.
 
-Order, padding, batches, threads and files change no result, and each question of a world
-has one right answer."""
+Order, padding, batches, threads and files change no result, and each question of a
+world has one right answer."""
 import re
 import string
 from dataclasses import replace
@@ -165,7 +165,7 @@ def test_batches_change_no_vector(clip, seed, batch):
 
 
 def test_questions_are_written_alike_alone_and_together(writer):
-    questions = ['What color is the star?', 'Where is the ring?', 'How big is the ring?']
+    questions = 'What color is the star?', 'Where is the ring?', 'How big is the ring?'
     together = writer.write(questions, seed=3)
     for question, network in zip(questions, together):
         alone = writer.write(question, seed=3)
