@@ -243,6 +243,9 @@ def test_data_may_be_moved(hyperclip, tmp_path, monkeypatch):
     content.pop(next(iter(content)))
     Path('changed/meta_train.json').write_text(json.dumps(content))
     code, _, err = hyperclip(*words, '--data', 'changed')
+    assert code == 2 and 'it was damaged or edited' in err
+    Path('changed/SHA256SUMS').unlink()
+    code, _, err = hyperclip(*words, '--data', 'changed')
     assert code == 2 and 'is for other tasks' in err
 
 

@@ -93,6 +93,7 @@ def rewrite(path, change, **sizes):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     change(tensors)
     about['sizes'] = json.dumps(json.loads(about['sizes']) | sizes)
+    del about['sha256']
     save_file(tensors, path, about)
 
 

@@ -226,14 +226,7 @@ def _with_facts(cls, path, adapter, W, texts):
         key: value for key, value in about.items()
         if key not in ('temperature', 'shapes', 'formula', 'digest')
     }
-    network = cls(adapter, W, question, prompt, answers, made_by)
-    _check_content(path, network, about)
-    return network
-
-def _check_content(path, network, about):
-    if about.get('digest', network.about['digest']) != network.about['digest']:
-        problem = f'{path} is damaged: its weights are not those that were written'
-        raise ValueError(f'{problem}; write it again with hyperclip ask --save')
+    return cls(adapter, W, question, prompt, answers, made_by)
 
 # %% ../../nbs/writer/41_network.ipynb #625f5a80
 def _check_clip(path, clip, made_by):
