@@ -28,7 +28,7 @@ from hyperclip_nb.lab.experiments import reproduce
 from hyperclip_nb.lab.methods import ALL
 
 GRID = dict(preset='tiny', seeds=(0,), shares=(1., .5), gammas=(0., 1.5), methods=ALL)
-DIFFERS = {'config.json'}  # holds the versions of each process: compared without them
+DIFFERS = 'config.json', 'results.json'  # hold the versions of processes, and a commit
 
 
 def fork_run(out):
@@ -74,7 +74,7 @@ def wait(child, seconds=None):
 
 
 def left_behind(out):
-    "Content of each file by its name; a config without the versions of processes"
+    "Content of each file by its name; where versions stand, without them"
     found = {}
     for path in sorted(out.rglob('*')):
         if path.is_file():

@@ -90,24 +90,25 @@ _COLUMNS = dict(
 )
 _TYPE_NAMES = {int: 'a whole number', str: 'a text'}
 
-def _check_column(table, name, path, key):
-    "ValueError names the first entry that lacks a value, or has one of another type"
+def _column(entries, name, path, key):
+    "Values of one name; ValueError names the first entry that has none of its type"
     expected = int if name.endswith('_id') else str
-    values = table[name] if name in table else [None]
+    values = [isinstance(entry, dict) and entry.get(name) for entry in entries]
     for i, value in enumerate(values):
-        if not isinstance(value, expected):
+        if not isinstance(value, expected) or isinstance(value, bool):
             problem = f'is missing in "{key}", or not {_TYPE_NAMES[expected]}'
             raise ValueError(f'{path}: "{name}" of entry {i} {problem}')
+    return values
 
 def _read_table(path, key): # 'questions' or 'annotations' -> data frame
     "The list in one of the official files"
-    table = pd.DataFrame(read_json(path, key))
-    for name in _COLUMNS[key]:
-        _check_column(table, name, path, key)
+    entries = read_json(path, key)
+    columns = {name: _column(entries, name, path, key) for name in _COLUMNS[key]}
+    table = pd.DataFrame(columns)
     twice = table.question_id[table.question_id.duplicated()]
     if len(twice):
         raise ValueError(f'{path}: question_id {twice.iloc[0]} occurs twice')
-    return table[list(_COLUMNS[key])]
+    return table
 
 # %% ../../nbs/data/09_vqa.ipynb #034be90f
 def _warn_left_out(found, subset, questions, annotations): # paths of the two files
