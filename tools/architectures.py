@@ -17,7 +17,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-COLUMNS = 'architecture', 'kind', 'parameters (M)', 'width', 'tokenizer', 'seconds', 'ok'
+COLUMNS = [
+    'architecture', 'kind', 'parameters (M)', 'width', 'tokenizer', 'seconds', 'ok',
+]
 
 
 def kind_of(config):

@@ -25,7 +25,7 @@ from PIL import Image
 
 from hyperclip_nb import Network, Writer
 from hyperclip_nb.data.batches import all_texts
-from hyperclip_nb.data.files import load_checked, write_tensors
+from hyperclip_nb.data.files import load_checked
 from hyperclip_nb.data.folder import read_folder
 from hyperclip_nb.data.images import open_image
 from hyperclip_nb.data.metavqa import build_tasks, load_metavqa, save_metavqa
@@ -265,7 +265,8 @@ def main():
     torch.set_num_threads(1)
     place = Path(tempfile.mkdtemp(prefix='damage-'))
     lines = damage(place, asked.files, asked.seed)
-    counts = lines.groupby(['kind', 'ours']).outcome.value_counts().unstack(fill_value=0)
+    counts = lines.groupby(['kind', 'ours']).outcome.value_counts()
+    counts = counts.unstack(fill_value=0)
     print(counts.to_string())
     print(json.dumps(Counter(lines.outcome)))
     bad = lines[lines.outcome.isin(['crash', 'lost', 'many lines'])]

@@ -3,10 +3,10 @@
 
     python tools/many_pictures.py --pictures 1000000
 
-A hundred small files stand for a million, by links, and two small encoders for CLIP: what
-is measured is the way from files to features, which is kept in shards. The first process
-is killed when half of the shards are there; the second one goes on, and must leave every
-shard of the first as it is."""
+A hundred small files stand for a million, by links, and two small encoders for CLIP:
+what is measured is the way from files to features, which is kept in shards. The first
+process is killed when half of the shards are there; the second one goes on, and must
+leave every shard of the first as it is."""
 import argparse
 import os
 import resource
