@@ -4,7 +4,8 @@
     python tools/kill_points.py --kills 500
 
 A small grid of all methods runs in a process of its own, which is killed with SIGKILL
-after a random time, started again, and so on; after some kills it may finish. Every
+after a random time, or in the middle of a random file, started again, and so on; after
+some kills it may finish. Every
 file that it leaves must be byte for byte the one of a run that nobody disturbed. What
 is imported is imported once: the runs are forks of this process."""
 import argparse
@@ -22,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent/'tests'))
 import test_experiments as small  # its preset 'tiny': all stages in seconds
 
-from hyperclip_nb.data import files
+from hyperclip_nb.data import files as files_room
 from hyperclip_nb.data.files import read_json
 from hyperclip_nb.lab.experiments import reproduce
 from hyperclip_nb.lab.methods import ALL
@@ -31,15 +32,16 @@ GRID = dict(preset='tiny', seeds=(0,), shares=(1., .5), gammas=(0., 1.5), method
 DIFFERS = 'config.json', 'results.json'  # hold the versions of processes, and a commit
 
 
-def fork_run(out):
-    "Start the grid in a fork; its messages go to a file beside the folder"
+def fork_run(out, files=None):
+    "Start the grid in a fork, which dies in the middle of a file after so many"
     child = os.fork()
     if child:
         return child
     log = os.open(f'{out}.log', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    slow_disk()
+    if files is not None:
+        die_in_a_file(files)
     code = 1
     try:
         reproduce(**GRID, out=out)
@@ -51,15 +53,19 @@ def fork_run(out):
         os._exit(code)
 
 
-def slow_disk():
-    "Let each file take longer to write, so that more kills hit it half-written"
-    write = files._write_through
+def die_in_a_file(files):
+    "Let this process be killed while it writes the file after so many"
+    write = files_room._write_through
+    left = [files]
 
-    def slowly(path, data, piece=None):
-        write(path, data, max(1, len(data)//4))
+    def half(path, data, *more):
+        if left[0] == 0:
+            path.write_bytes(data[:len(data)//2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        write(path, data, *more)
 
-    files._write_through = slowly
-    os.fsync = lambda file: time.sleep(.003)
+    files_room._write_through = half
 
 
 def wait(child, seconds=None):
@@ -89,11 +95,14 @@ def kill_run(out, kills, rng, mean):
     "Kill a run so many times, then let it finish: where kills hit, and the exit status"
     hits = Counter()
     for _ in range(kills):
-        child = fork_run(out)
-        if wait(child, rng.expovariate(1/mean)) is not None:
-            break
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        if rng.random() < .5:
+            wait(fork_run(out, rng.randrange(4)))
+        else:
+            child = fork_run(out)
+            if wait(child, rng.expovariate(1/mean)) is not None:
+                break
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
         halves = [part.name for part in out.rglob('.*.part')] if out.exists() else []
         hits['in the middle of a file' if halves else 'between files'] += 1
     return hits, wait(fork_run(out))
