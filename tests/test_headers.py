@@ -1,7 +1,7 @@
 """A header that claims an absurd size is refused before the memory is taken.
 
-A child process reads each file, and says the error and by how much its peak memory grew;
-in this process the peak of an earlier test would hide it."""
+A child process reads each file, and says the error and by how much its peak memory
+grew; in this process the peak of an earlier test would hide it."""
 import json
 import struct
 import subprocess
