@@ -136,7 +136,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_too_little_memory_is_one_line(tmp_path):
     def little_memory():
-        limit = 3*2**30  # enough to import PyTorch
+        limit = 4*2**30  # enough to import PyTorch
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     large = ['--set', 'adapter.hidden=2000000', '--methods', 'multitask']

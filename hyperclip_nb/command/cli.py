@@ -7,6 +7,7 @@ __all__ = ['app', 'COMMANDS', 'train_clip', 'main', 'command']
 
 # %% ../../nbs/command/80_cli.ipynb #3eac9491
 import contextlib
+import errno
 import gc
 import os
 import shlex
@@ -110,26 +111,34 @@ def main():
     try:
         with _stopped_by_signals():
             sys.exit(app(args, prog_name='hyperclip', standalone_mode=False))
-    except (ValueError, OSError, _UsageError) as mistake:
-        text = mistake.format_message() if isinstance(mistake, _UsageError) else mistake
-        print('error:', text, file=sys.stderr)
-        sys.exit(2)
-    except (FloatingPointError, MemoryError, RuntimeError) as failure:
-        print('error:', _failure(failure), file=sys.stderr)
-        sys.exit(1)
     except (_Stopped, typer.Abort):
         again = shlex.join(['hyperclip', *args])
         print('stopped; this goes on where it was:', again, file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        text, code = _one_line(error)
+        print('error:', text, file=sys.stderr)
+        sys.exit(code)
 
-def _failure(error):
-    "One line about what no one did wrong; what nobody foresaw is raised again"
-    if isinstance(error, MemoryError) or 'memory' in str(error).lower():
+def _one_line(error):
+    "What to say of an error, and the exit code; what nobody foresaw is raised again"
+    if _lacks_memory(error):
         what_needs = 'hyperclip plan says which stage needs how much'
-        return f'there is too little memory; what is done is kept, and {what_needs}'
+        return f'there is too little memory; what is done is kept, and {what_needs}', 1
+    if isinstance(error, _UsageError):
+        return error.format_message(), 2
+    if isinstance(error, (ValueError, OSError)):
+        return str(error), 2
     if isinstance(error, FloatingPointError):
-        return str(error)
+        return str(error), 1
     raise error
+
+def _lacks_memory(error):
+    "Python, the system and PyTorch each say it in their own way"
+    if isinstance(error, RuntimeError):
+        return 'memory' in str(error).lower()
+    code = getattr(error, 'errno', None) # of an OSError
+    return isinstance(error, MemoryError) or code == errno.ENOMEM
 
 class _Stopped(BaseException):
     "Somebody asks the process to end; a KeyboardInterrupt would not pass Typer"

@@ -219,15 +219,17 @@ def legend(
     if 'gradient' in used:
         entries['gradient'] = None
     labels = [write(ax, (0, y), text, 8, ha='left') for text in entries]
-    widths = [.45 + _extent(label)[0] for label in labels]
-    x = (ax.get_xlim()[1] - sum(widths) + .17)/2
+    widths = [.28 + _extent(label)[0] for label in labels]
+    room = ax.get_xlim()[1] - sum(widths)
+    gap = min(.17, (room - .2)/len(widths)) # narrower where there are many
+    x = (room - gap*(len(widths) - 1))/2
     for look, label, width in zip(entries.values(), labels, widths):
         label.set_x(x + .28)
         if look:
             _outline(ax, (x, y - .065), (.22, .13), look, .04)
         else:
             arrow(ax, (x - .05, y), (x + .28, y), gradient=True)
-        x += width
+        x += width + gap
     return ax.figure
 
 # %% ../../nbs/paper/87_diagrams.ipynb #09d9347b

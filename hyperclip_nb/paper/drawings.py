@@ -232,11 +232,11 @@ def hyperclip_diagram()->Figure:
 # %% ../../nbs/paper/88_drawings.ipynb #6324e2e6
 def hyperldm_diagram()->Figure:
     "Figure 8: train the HVAE, train HyperLDM (Algorithm 13), sample (Algorithm 14)"
-    ax = sheet('HyperLDM in three steps, of a generator, a denoiser and sampling', 6.6)
-    _train_hvae(ax, 5.82)
-    y, low = 4.35, 3.55
+    ax = sheet('HyperLDM in three steps, of a generator, a denoiser and sampling', 7.75)
+    _train_hvae(ax, 6.97)
+    y, low = 5.5, 4.7
     title = 'train HyperLDM: find the noise in a latent, told the question'
-    panel(ax, '2', title, (.1, 3.25, 6.8, 1.85))
+    panel(ax, '2', title, (.1, 4.4, 6.8, 1.85))
     told = dict(route=ACROSS_FIRST, label='or 0, at times', shift=(.02, -.45))
     draw(ax, dict(
         W=(.5, y, '$W_i$', 'weights'), d=(1.35, y, 'encoder\n$d$', 'frozen'),
@@ -249,18 +249,28 @@ def hyperldm_diagram()->Figure:
     ), ['W d z', 'n p q L', 't T e'], [
         ('z', 'n', dict(label=r'noise $\epsilon$')), ('e', 'p', told),
         *_back('L', 'p', below=-.42)])
-    _sample(ax, 1.5, 2.55)
+    _sample(ax, 2.77, 3.73)
+    _use(ax, 1.35)
     return legend(ax)
 
 def _sample(ax, y, top):
-    panel(ax, '3', 'sample: noise becomes a latent, then weights', (.1, .42, 6.8, 2.73))
-    again = dict(below=.75, label='with $z^{t-1}$, until $z^0$', shift=(0, -.37))
+    panel(ax, '3', 'sample: noise becomes a latent, then weights', (.1, .42, 6.8, 3.88))
+    again = dict(below=.72, label='$z^{t-1}$, as long as $t > 1$', shift=(0, -.37))
     draw(ax, dict(
-        n=(.55, y, 'noise\n$z^T$', 'latent'), T=(1.8, top, 'CLIP$_T$', 'frozen'),
-        p=(1.8, y + .33, 'denoiser\n$\\epsilon_\\psi(z^t, e_i)$', 'frozen'),
-        q=(1.8, y - .33, 'denoiser\n$\\epsilon_\\psi(z^t, 0)$', 'frozen'),
-        g=(3., y, 'mixed\nby $\\gamma$', 'latent'), t=(.66, top, 'question', 'text'),
-        z=(3.68, y, '$z^0$', 'latent'), h=(4.4, y, 'hypernet\n$h$', 'frozen'),
-        W=(5.1, y, '$W$', 'weights'), f=(5.74, y, 'base\nnet $f$', 'frozen'),
-        a=(6.53, y, 'answer', 'text'), x=(5.74, y - .75, 'image', 'image'),
-    ), ['n p g z h W f a', 'n q g', 't T', 'x f'], [_told('T', 'p'), ('g', 'n', again)])
+        n=(.55, y, 'noise\n$z^T$', 'latent'), x=(1.35, y, '$z^t$', 'latent'),
+        t=(1.35, top, 'question', 'text'), T=(2.55, top, 'CLIP$_T$', 'frozen'),
+        p=(2.55, y + .33, 'denoiser\n$\\epsilon_\\psi(z^t, e_i)$', 'frozen'),
+        q=(2.55, y - .33, 'denoiser\n$\\epsilon_\\psi(z^t, 0)$', 'frozen'),
+        g=(3.9, y, 'mix\nby $\\gamma$', 'step'), s=(5.1, y, 'one step\nback', 'step'),
+        z=(6.3, y, '$z^0$', 'latent'),
+    ), ['n x p g', 'x q g', 't T'], [
+        ('g', 's', dict(label=r'noise $\tilde{\epsilon}$')), _told('T', 'p'),
+        ('s', 'z', dict(label='at last')), ('s', 'x', again)])
+
+def _use(ax, y):
+    "The latent that was drawn becomes a network, and that answers"
+    draw(ax, dict(
+        z=(.55, y, '$z^0$', 'latent'), h=(1.75, y, 'hypernet $h$', 'frozen'),
+        W=(2.8, y, '$W$', 'weights'), f=(3.9, y, 'adapter $f$', 'frozen'),
+        a=(5.1, y, 'answer', 'text'), x=(3.9, y - .65, 'image', 'image'),
+    ), ['z h W f a', 'x f'])
