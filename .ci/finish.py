@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent.resolve()
 WEB_FONT = re.compile(r'@import url\([^)]*fonts\.googleapis\.com[^)]*\);?')
 SYMBOL = re.compile(r'<a href="([^"#]*)#([\w.]+)">(<code>[^<]*</code>)</a>')
 CAPTION = re.compile(r'<p>(<em>(?:(?!</em>|<p>).)*</em>)</p>', re.S)
+SOLUTION = re.compile(r'<details class="code-fold">(\s*<summary>Solution</summary>)')
 COLAB = 'https://colab.research.google.com/github/'
 
 
@@ -51,6 +52,8 @@ def known_symbols(text, page):
 
 def finish_page(text, address, notebook, cfg):
     "A page with its own address, and links to its notebook; no path of this machine."
+    # what a solution prints is folded with its code, by the style sheet
+    text = SOLUTION.sub(r'<details class="code-fold solution">\1', text)
     text = CAPTION.sub(r'<p class="caption">\1</p>', text.replace(f'{ROOT}/', ''))
     if 'rel="canonical"' not in text:
         canonical = f'<link rel="canonical" href="{address}">'
