@@ -14,7 +14,7 @@ import numpy as np
 class Task:
     "One question with labelled images"
     question:str # the descriptor, "What color is the star?"
-    prompt:str # the statement with a gap, "the star is {}"
+    prompt:str # the statement with a gap, "it is {}"
     answers:tuple # what may fill the gap, in alphabetical order
     support:np.ndarray # pairs of image number and answer number (n,2)
     query:np.ndarray # pairs that the accuracy is measured on (m,2)
