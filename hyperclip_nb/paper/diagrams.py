@@ -216,13 +216,11 @@ def legend(
     "One line with the kinds that the drawing uses"
     used = {a.get_gid() for a in ax.patches}
     entries = {k.label + k.mark: k for name, k in KINDS.items() if name in used}
-    if 'gradient' in used:
-        entries['gradient'] = None
+    entries |= dict(gradient=None) if 'gradient' in used else {}
     labels = [write(ax, (0, y), text, 8, ha='left') for text in entries]
     widths = [.28 + _extent(label)[0] for label in labels]
-    room = ax.get_xlim()[1] - sum(widths)
-    gap = min(.17, (room - .2)/len(widths)) # narrower where there are many
-    x = (room - gap*(len(widths) - 1))/2
+    gap = min(.17, (ax.get_xlim()[1] - sum(widths) - .2)/len(widths)) # less if many
+    x = (ax.get_xlim()[1] - sum(widths) - gap*(len(widths) - 1))/2
     for look, label, width in zip(entries.values(), labels, widths):
         label.set_x(x + .28)
         if look:

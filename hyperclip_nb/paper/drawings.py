@@ -216,8 +216,7 @@ def hyperclip_diagram()->Figure:
         t=(6.38, y, *question),
     ), ['W H E L', 't T e L'], _back('L', 'H'))
     y, low = 1.62, .72
-    title = 'guide: move $z$ until the network written there fits the question'
-    panel(ax, '3', title, (.1, .42, 6.8, 2.13))
+    panel(ax, '3', 'guide: move $z$ until its network fits', (.1, .42, 6.8, 2.13))
     back = dict(gradient=True, below=-.42, label='10 steps', shift=(0, .23))
     draw(ax, dict(
         z=(.6, y, '$z$', 'latent'), h=(1.52, y, 'hypernet\n$h$', 'frozen'),
@@ -235,25 +234,22 @@ def hyperldm_diagram()->Figure:
     ax = sheet('HyperLDM in three steps, of a generator, a denoiser and sampling', 7.75)
     _train_hvae(ax, 6.97)
     y, low = 5.5, 4.7
-    title = 'train HyperLDM: find the noise in a latent, told the question'
-    panel(ax, '2', title, (.1, 4.4, 6.8, 1.85))
-    told = dict(route=ACROSS_FIRST, label='or 0, at times', shift=(.02, -.45))
+    panel(ax, '2', 'train HyperLDM: find the noise in a latent', (.1, 4.4, 6.8, 1.85))
+
     draw(ax, dict(
         W=(.5, y, '$W_i$', 'weights'), d=(1.35, y, 'encoder\n$d$', 'frozen'),
         z=(2.2, y, '$z_i^0$', 'latent'), n=(3.35, y, '$z_i^t$', 'latent'),
         p=(4.45, y, r'denoiser $\epsilon_\psi$', 'learned'),
-        q=(5.45, y, r'$\hat{\epsilon}$', 'latent'),
+        q=(5.45, y, r'$\hat{\epsilon}$', 'latent'), t=(1., low, 'question', 'text'),
         L=(6.35, y, r'$\Vert\epsilon-\hat{\epsilon}\,\Vert^2$', 'loss'),
-        t=(1., low, 'question', 'text'), T=(2.3, low, 'CLIP$_T$', 'frozen'),
-        e=(3.35, low, '$e_i$', 'text'),
+        T=(2.3, low, 'CLIP$_T$', 'frozen'), e=(3.35, low, '$e_i$', 'text'),
     ), ['W d z', 'n p q L', 't T e'], [
-        ('z', 'n', dict(label=r'noise $\epsilon$')), ('e', 'p', told),
-        *_back('L', 'p', below=-.42)])
-    _sample(ax, 2.77, 3.73)
-    _use(ax, 1.35)
+        ('z', 'n', dict(label=r'noise $\epsilon$')), *_back('L', 'p', below=-.42),
+        ('e', 'p', dict(route=ACROSS_FIRST, label='or 0, at times', shift=(0, -.45)))])
+    _sample(ax, 2.77, 3.73, 1.35)
     return legend(ax)
 
-def _sample(ax, y, top):
+def _sample(ax, y, top, low):
     panel(ax, '3', 'sample: noise becomes a latent, then weights', (.1, .42, 6.8, 3.88))
     again = dict(below=.72, label='$z^{t-1}$, as long as $t > 1$', shift=(0, -.37))
     draw(ax, dict(
@@ -262,15 +258,12 @@ def _sample(ax, y, top):
         p=(2.55, y + .33, 'denoiser\n$\\epsilon_\\psi(z^t, e_i)$', 'frozen'),
         q=(2.55, y - .33, 'denoiser\n$\\epsilon_\\psi(z^t, 0)$', 'frozen'),
         g=(3.9, y, 'mix\nby $\\gamma$', 'step'), s=(5.1, y, 'one step\nback', 'step'),
-        z=(6.3, y, '$z^0$', 'latent'),
-    ), ['n x p g', 'x q g', 't T'], [
+        z=(6.3, y, '$z^0$', 'latent'), o=(.55, low, '$z^0$', 'latent'),
+        h=(1.75, low, 'hypernet $h$', 'frozen'), W=(2.8, low, '$W$', 'weights'),
+        f=(3.9, low, 'adapter $f$', 'frozen'), a=(5.1, low, 'answer', 'text'),
+        i=(3.9, low - .65, 'image', 'image'),
+    ), ['n x p g', 'x q g', 't T', 'o h W f a', 'i f'], [
         ('g', 's', dict(label=r'noise $\tilde{\epsilon}$')), _told('T', 'p'),
         ('s', 'z', dict(label='at last')), ('s', 'x', again)])
 
-def _use(ax, y):
-    "The latent that was drawn becomes a network, and that answers"
-    draw(ax, dict(
-        z=(.55, y, '$z^0$', 'latent'), h=(1.75, y, 'hypernet $h$', 'frozen'),
-        W=(2.8, y, '$W$', 'weights'), f=(3.9, y, 'adapter $f$', 'frozen'),
-        a=(5.1, y, 'answer', 'text'), x=(3.9, y - .65, 'image', 'image'),
-    ), ['z h W f a', 'x f'])
+
