@@ -245,7 +245,7 @@ def hyperldm_diagram()->Figure:
         T=(2.3, low, 'CLIP$_T$', 'frozen'), e=(3.35, low, '$e_i$', 'text'),
     ), ['W d z', 'n p q L', 't T e'], [
         ('z', 'n', dict(label=r'noise $\epsilon$')), *_back('L', 'p', below=-.42),
-        ('e', 'p', dict(route=ACROSS_FIRST, label='or 0, at times', shift=(0, -.45)))])
+        ('e', 'p', dict(route=ACROSS_FIRST, label='or 0, at times', shift=(0, -.4)))])
     _sample(ax, 2.77, 3.73, 1.35)
     return legend(ax)
 
