@@ -105,6 +105,22 @@ def test_a_page_is_whole(opened, name):
         assert page.evaluate(WIDER) == []
 
 
+CUT = '''() => {
+    const boxes = 'pre, .cell-output-display, table, .katex-display';
+    return [...document.querySelectorAll(`main :is(${boxes})`)].filter(node => {
+        const scrolls = getComputedStyle(node).overflowX !== 'visible';
+        return node.offsetParent && scrolls && node.scrollWidth > node.clientWidth + 2;
+    }).map(node => node.innerText.slice(0, 80));
+}'''
+
+
+@pytest.mark.parametrize('name', PAGES)
+def test_nothing_hides_behind_an_edge(opened, name):
+    page = opened(name)
+    page.wait_for_timeout(200) # until formulas are set
+    assert page.evaluate(CUT) == []
+
+
 CONTRAST = '''() => {
     const light = ([r, g, b]) => {
         const line = x => x <= .03928 ? x/12.92 : ((x + .055)/1.055)**2.4;
