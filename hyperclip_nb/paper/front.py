@@ -83,6 +83,8 @@ def hero_figure(
     for start, end in (1.8, 2.3), (2.9, 3.7), (4.3, 4.95), (6.0, 6.45):
         arrow(ax, (start, 1.45), (end, 1.45))
     write(ax, (3.3, 1.6), 'γ', 9)
+    directly = dict(label='and a second part directly', below=.25, shift=(0, -.24))
+    arrow(ax, (2.6, .66), (5.475, .66), **directly)
     _title(ax, 7.25, 'the network answers')
     _answers(ax, way)
     return ax.figure
