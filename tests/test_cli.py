@@ -196,3 +196,39 @@ def test_a_torchscript_archive_is_told_with_a_remedy(here):
     traced.save('weights.pt')
     with pytest.raises(ValueError, match='TorchScript archive: name open_clip'):
         load_clip('tiny-clip:weights.pt')
+
+
+KEEPS = '''
+import ctypes
+import sys
+import torch
+from hyperclip_nb.command import cli
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        'arena', 'ordblks', 'smblks', 'hblks', 'hblkhd', 'usmblks', 'fsmblks',
+        'uordblks', 'fordblks', 'keepcost')]
+
+libc = ctypes.CDLL('libc.so.6')
+libc.mallinfo2.restype = Info
+if sys.argv[1] == 'kept':
+    cli._keep_memory()
+before = libc.mallinfo2()
+large = torch.zeros(2**24) # 64 MB
+held = libc.mallinfo2()
+del large
+after = libc.mallinfo2()
+print(held.hblks - before.hblks, (after.arena - before.arena)>>20)
+'''
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='glibc alone has it')
+@pytest.mark.parametrize('way, mapped, kept', [('kept', 0, True), ('not', 1, False)])
+def test_freed_memory_is_kept(way, mapped, kept):
+    "A large tensor is no block of its own from the system, and its place stays ours"
+    child = subprocess.run(
+        [sys.executable, '-c', KEEPS, way],
+        capture_output=True, text=True, check=True, timeout=300,
+    )
+    blocks, megabytes = map(int, child.stdout.split())
+    assert blocks == mapped and (megabytes >= 60) == kept

@@ -7,6 +7,7 @@ __all__ = ['app', 'COMMANDS', 'train_clip', 'main', 'command']
 
 # %% ../../nbs/command/80_cli.ipynb #3eac9491
 import contextlib
+import ctypes
 import errno
 import gc
 import os
@@ -105,6 +106,7 @@ def main():
     "Run the command; a mistake of the user is one line and exit code 2"
     # read by torch: several threads on a busy core are far slower than one
     os.environ.setdefault('OMP_NUM_THREADS', '1')
+    _keep_memory()
     warnings.showwarning = _show_warning
     accept_any_text()
     args = sys.argv[1:] or ['--help']
@@ -119,6 +121,14 @@ def main():
         text, code = _one_line(error)
         print('error:', text, file=sys.stderr)
         sys.exit(code)
+
+def _keep_memory():
+    "Freed memory stays ours: to give it back and ask again costs much of a large step"
+    mmap_max, trim_threshold = -4, -1 # as glibc numbers them; no other library has it
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL('libc.so.6')
+        libc.mallopt(mmap_max, 0) # large blocks come from the heap too
+        libc.mallopt(trim_threshold, 2**31 - 1) # bytes at its end that are kept
 
 def _one_line(error):
     "What to say of an error, and the exit code; what nobody foresaw is raised again"
