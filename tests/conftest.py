@@ -13,6 +13,11 @@ import pytest
 for name in 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS':
     os.environ[name] = '1'
 os.environ.setdefault('MPLBACKEND', 'agg')  # no display needed
+# each process keeps to a core of its own, and its threads do not crowd the others
+worker = os.environ.get('PYTEST_XDIST_WORKER', '').removeprefix('gw')
+if worker and hasattr(os, 'sched_setaffinity'):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker)%len(cores)]})
 # notebooks that run side by side must not share IPython's files
 os.environ['IPYTHONDIR'] = tempfile.mkdtemp(prefix='ipython-')
 

@@ -188,10 +188,15 @@ def side_by_side(
     device='cpu', # where it computes
 ): # iterator over results, in the order of the items
     "`map` with as many items at a time as there are cores to spare"
-    cores = os.cpu_count() or 1
-    workers = max(1, cores//torch.get_num_threads())
+    workers = max(1, _cores()//torch.get_num_threads())
     if workers == 1 or str(device).startswith('cuda'):
         yield from map(compute, items)
         return
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(compute, items)
+
+def _cores():
+    "How many cores this process may use"
+    if hasattr(os, 'sched_getaffinity'): # where a process may be kept to some of them
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
