@@ -62,10 +62,10 @@ def test_entries_stand_in_order():
 def test_the_printed_list_is_that_of_the_file():
     outputs = [
         ''.join(output.get('data', {}).get('text/markdown', ''))
-        for cell in cells(root/'nbs'/'paper'/'94_related.ipynb', 'code')
+        for cell in cells(root/'nbs'/'paper'/'96_related.ipynb', 'code')
         for output in cell['outputs']
     ]
-    assert reference_list(references) in outputs, 'run `.ci/refresh 94_related`'
+    assert reference_list(references) in outputs, 'run `.ci/refresh 96_related`'
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):

@@ -32,7 +32,7 @@ def test_no_line_stands_twice():
     (dict(code=''), 'must be named'),
     (dict(check='tests/test_ddpm.py::test_gone'), "no 'test_gone'"),
     (dict(check='tests/test_gone.py::test_gone'), "no 'test_gone'"),
-    (dict(check='language/32_ddpm.ipynb: 00000000'), "no '00000000'"),
+    (dict(check='language/33_ddpm.ipynb: 00000000'), "no '00000000'"),
     (dict(status='perhaps'), 'is none of'),
     (dict(status='ours differs', note=''), 'how ours differs'),
     (dict(status='not reproduced', note='later'), 'what it would take'),
