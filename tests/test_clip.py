@@ -11,7 +11,8 @@ from torch import nn
 from hyperclip_nb.data.world import make_world
 from hyperclip_nb.lab.runs import Run
 from hyperclip_nb.lab.stages import override, preset
-from hyperclip_nb.vision.clip import load_clip, wrap_clip
+from hyperclip_nb.vision.clip import load_clip
+from hyperclip_nb.vision.encoders import wrap_clip
 from hyperclip_nb.vision.features import encode_world
 
 VIT = dict(image_size=32, layers=1, width=64, patch_size=16)

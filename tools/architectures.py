@@ -49,7 +49,8 @@ def load(name):
     import open_clip
     from open_clip.factory import get_model_config
 
-    from hyperclip_nb.vision.clip import load_clip, wrap_clip
+    from hyperclip_nb.vision.clip import load_clip
+    from hyperclip_nb.vision.encoders import wrap_clip
     try:
         return load_clip(f'{name}:random'), 'open_clip'
     except ValueError as error:

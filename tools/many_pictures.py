@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hyperclip_nb.vision.clip import wrap_clip
+from hyperclip_nb.vision.encoders import wrap_clip
 from hyperclip_nb.vision.photographs import encode_files, open_features
 
 TEXTS = ['a star', 'a ring']

@@ -98,13 +98,16 @@ def _erase_disk(pen, x, y, radius):
 
 # %% ../../nbs/data/04_drawing.ipynb #e70fa718
 @lru_cache(None)
-def _sprite(shape, pattern, size, tilt, box):
-    "Four maps of one thing (box,box): opacity, pattern, light and shadow"
+def _marks(pattern, tilt, box):
+    "How much of a thing has its pattern's color, from 0 to 1 (box,box)"
+    stencil = Image.fromarray(np.uint8(255*_stencil(PATTERNS[pattern], 4*box)))
+    return _shrink(stencil.rotate(_TILT[tilt], Image.BICUBIC), box)
+
+@lru_cache(None)
+def _form(shape, size, tilt, box):
+    "Three maps of a thing's form (box,box): opacity, light and shadow"
     n = 4*box
-    angle = _TILT[tilt]
-    stencil = Image.fromarray(np.uint8(255*_stencil(PATTERNS[pattern], n)))
-    stencil = stencil.rotate(angle, Image.BICUBIC)
-    mask = _shape_mask(SHAPES[shape], size, n).rotate(angle, Image.BICUBIC)
+    mask = _shape_mask(SHAPES[shape], size, n).rotate(_TILT[tilt], Image.BICUBIC)
     opacity = _shrink(mask, box)
     rim = opacity - _shrink(_erode(mask, box//15), box)
     y, x = np.mgrid[:box, :box]/box
@@ -112,7 +115,7 @@ def _sprite(shape, pattern, size, tilt, box):
     blurred = _shrink(mask.filter(ImageFilter.GaussianBlur(.03*n)), box)
     step = max(1, box//20)
     shadow = np.pad(blurred, ((step, 0), (step, 0)))[:box, :box]
-    return opacity, _shrink(stencil, box), light, shadow
+    return opacity, light, shadow
 
 def _shrink(picture, box):
     "A picture as numbers from 0 to 1 (box,box)"
@@ -152,12 +155,13 @@ def _paste(picture, thing, pose):
     right, down, tilt = pose
     field = len(picture)/3
     box = round(1.25*field)
-    opacity, stencil, light, shadow = _sprite(shape, pattern, size, int(tilt), box)
+    opacity, light, shadow = _form(shape, size, int(tilt), box)
+    marks = _marks(pattern, int(tilt), box)
     x = _corner(place % 3, right, field, box, len(picture))
     y = _corner(place//3, down, field, box, len(picture))
     patch = picture[y:y + box, x:x + box]
     patch *= 1 - .33*shadow[..., None]
-    paint = _PAINT[color] + (_INK[color] - _PAINT[color])*stencil[..., None]
+    paint = _PAINT[color] + (_INK[color] - _PAINT[color])*marks[..., None]
     paint = np.minimum(paint*light[..., None], 255)
     patch += (paint - patch)*opacity[..., None]
 

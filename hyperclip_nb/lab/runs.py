@@ -17,7 +17,8 @@ from hyperclip_nb.data.files import (
 from ..data.batches import TaskData, all_texts
 from ..data.world import make_world
 from ..data.metavqa import load_metavqa, split_valid, unseen_queries
-from ..vision.clip import Clip, load_clip
+from ..vision.clip import load_clip
+from ..vision.encoders import Clip
 from ..vision.features import encode_world
 from ..vision.photographs import drop_images, image_ids, open_features
 from ..base.adapter import Adapter

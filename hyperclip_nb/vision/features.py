@@ -12,7 +12,7 @@ from ..data.files import digest, load_checked, write_tensors
 from ..data.batches import Features, all_texts, side_by_side
 from ..data.drawing import render
 from ..data.world import World
-from .clip import Clip
+from .encoders import Clip
 
 # %% ../../nbs/vision/21_features.ipynb #a34cf189
 def encode_tasks(

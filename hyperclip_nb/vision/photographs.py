@@ -18,7 +18,7 @@ from hyperclip_nb.data.files import (
 )
 from ..data.images import find_images, open_image
 from ..data.batches import Features
-from .clip import Clip
+from .encoders import Clip
 
 # %% ../../nbs/vision/22_photographs.ipynb #19a6e506
 class ImageFiles:

@@ -18,9 +18,8 @@ from ..data.files import write_tensors
 from ..data.scenes import ATTRIBUTES, BACKGROUNDS
 from ..data.drawing import render
 from .tokenizer import tokenize, vocabulary
-from hyperclip_nb.vision.clip import (
-    ASSETS, TINY, Clip, image_size, normalized, wrap_clip,
-)
+from .encoders import Clip, image_size, normalized, wrap_clip
+from .clip import ASSETS, TINY
 from .heads import ImageHeads
 from hyperclip_nb.vision.lessons import (
     Teacher, lesson_loss, make_lesson, training_scenes,
