@@ -27,6 +27,8 @@ def tiny_facts(
     return facts
 
 # %% ../../nbs/vision/16_clip.ipynb #8bd1469a
+#| code-fold: true
+#| code-summary: A wrong name, and words that it does not know
 def _check_name(name, architecture, weights, open_clip):
     "ValueError says what is wrong with the name of a CLIP"
     if architecture not in open_clip.list_models():
@@ -54,6 +56,8 @@ def _warn_unknown(texts, words):
         warnings.warn(f'the tiny CLIP was never taught these words: {some}')
 
 # %% ../../nbs/vision/16_clip.ipynb #78cddd1f
+#| code-fold: true
+#| code-summary: Weights, and what may be wrong with them
 def _reason(error):
     "Why weights could not be loaded, and what to do where torch's advice is no help"
     if 'TorchScript' in str(error):
@@ -75,6 +79,7 @@ def _model(architecture, weights, device, open_clip):
         )
     return model, transform
 
+# %% ../../nbs/vision/16_clip.ipynb #78cddd20
 def load_clip(
     name:str='tiny', # or MODEL:PRETRAINED of open_clip, MODEL:random for no training
     device:str='cpu', # where it computes
