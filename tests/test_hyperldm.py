@@ -359,3 +359,14 @@ def test_a_constant_latent_is_learned_as_such(mu):
     assert torch.isfinite(ldm.mean).all() and torch.isfinite(ldm.std).all()
     assert (ldm.std > 0).all()
     assert torch.allclose(ldm.mean, mu.mean((0, 1)))
+
+
+@pytest.mark.parametrize('tasks', [1, 3])
+def test_weights_that_are_all_the_same_have_latents(tasks):
+    "Nothing to divide by: an autoencoder gives finite latents, and the weights back"
+    W = torch.arange(12.).expand(tasks, 12)
+    hvae = HVAE(12, 4, (8,))
+    hvae.measure(W)
+    mu, log_var = hvae.encode(W)
+    assert torch.isfinite(mu).all() and torch.isfinite(log_var).all()
+    assert torch.allclose(hvae.mean, W[0]) and hvae.scale == 1

@@ -88,7 +88,8 @@ class HVAE(nn.Module):
     ):
         "Take the centre and the scale of weights from examples"
         self.mean.copy_(W.flatten(0, -2).mean(0))
-        self.scale.copy_((W - self.mean).std())
+        spread = (W - self.mean).std()
+        self.scale.copy_(spread.where(spread > 0, 1.)) # equal weights have none
 
     def encode(self,
         W:Tensor, # weights (...,P)

@@ -53,7 +53,8 @@ def _warn_unknown(texts, words):
     strange = unknown_words(texts, words)
     if strange:
         some = ', '.join(strange[:8]) + ', …'*(len(strange) > 8)
-        warnings.warn(f'the tiny CLIP was never taught these words: {some}')
+        number = f'{len(strange):,} word' + 's'*(len(strange) > 1)
+        warnings.warn(f'the tiny CLIP was never taught {number} of these texts: {some}')
 
 # %% ../../nbs/vision/16_clip.ipynb #78cddd1f
 #| code-fold: true

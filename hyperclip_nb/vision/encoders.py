@@ -102,10 +102,10 @@ class Clip:
         "Encode sentences"
         if not texts:
             raise ValueError('there is no text to encode')
-        vectors = []
-        for start in range(0, len(texts), batch):
-            tokens = self.tokens(texts[start:start+batch]).to(self.device)
-            vectors.append(_scaled(self.model.encode_text(tokens)))
+        vectors = [
+            _scaled(self.model.encode_text(tokens.to(self.device)))
+            for tokens in self.tokens(texts).split(batch)
+        ]
         return torch.cat(vectors)
 
 # %% ../../nbs/vision/17_encoders.ipynb #9e83bec1
