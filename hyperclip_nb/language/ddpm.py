@@ -186,7 +186,7 @@ def sample_ddim(
     kind:str, # what the network predicts: 'eps' or 'v'
     steps:int=25, # evaluations of the network
 )->Tensor: # samples, shaped like x
-    "Noise to data in few steps, no fresh noise (DDIM with η = 0); gradients flow"
+    "Noise to data in few steps, no fresh noise (DDIM); gradients flow"
     visit = timesteps(schedule, steps).tolist()
     for i, s in zip(visit, visit[1:] + [None]):
         x0, eps, t = _guess(model, x, i, schedule, kind)
