@@ -16,6 +16,7 @@ from PIL import Image
 import hyperclip_nb
 from hyperclip_nb.command.cli_reproduce import reproduce as command_of_reproduce
 from hyperclip_nb.command.console import RUN_OPTIONS
+from hyperclip_nb.data import files
 from hyperclip_nb.lab.changes import parse_settings
 from hyperclip_nb.lab.experiments import merge, read_results, reproduce
 from hyperclip_nb.lab.history import curves_figure, read_curves
@@ -189,6 +190,57 @@ def test_no_list_of_figures_is_no_lost_table(whole, monkeypatch, tmp_path):
     monkeypatch.setattr(figures, '_figures', lambda done: 1/0)
     failed = figures.draw_all(whole[0], tmp_path)
     assert list(failed) == ['list'] and 'ZeroDivisionError' in failed['list']
+
+
+def test_one_figure_takes_nothing_from_the_others(whole, monkeypatch, tmp_path):
+    from hyperclip_nb.lab import figures
+    real = dict(figures._figures(whole[0]))
+    first, *others = real
+    drawn = [(first, lambda: 1/0), *((name, real[name]) for name in others[:1])]
+    monkeypatch.setattr(figures, '_figures', lambda done: drawn)
+    failed = figures.draw_all(whole[0], tmp_path)
+    assert list(failed) == [first]
+    assert (tmp_path/f'{others[0]}.png').exists()
+
+
+@pytest.mark.parametrize('module, name', [
+    ('figures', 'draw_all'), ('history', 'write_tensorboard'),
+])
+def test_the_table_is_printed_before_all_extras(
+    whole, module, name, monkeypatch, tmp_path, capsys,
+):
+    from hyperclip_nb.command import cli_reproduce
+    from hyperclip_nb.lab import figures, history
+    extras = dict(figures=figures, history=history)
+    monkeypatch.setattr(figures, 'draw_all', lambda done, out: {})
+
+    def broken(*args):
+        raise ValueError('no extras')
+
+    monkeypatch.setattr(extras[module], name, broken)
+    with pytest.raises(ValueError, match='no extras'):
+        cli_reproduce._report(whole[0], tmp_path, as_json=False, tensorboard=True)
+    assert 'CLIP as Base Model' in capsys.readouterr().out
+
+
+def test_tables_are_saved_before_the_model(whole, monkeypatch, tmp_path):
+    from hyperclip_nb.lab import reports
+    monkeypatch.setattr(reports, '_save_writers', lambda done, out: 1/0)
+    with pytest.raises(ZeroDivisionError):
+        reports.save_results(whole[0], tmp_path)
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert {'results.json', 'results.csv', 'table1.md', 'per_task.safetensors'} <= kept
+
+
+def test_accuracies_of_tasks_belong_to_their_results(whole, tmp_path):
+    "Those of another grid are whole and well made, and refused all the same"
+    from hyperclip_nb.lab import reports
+    reports.save_results(whole[0], tmp_path)
+    tensors, _ = files.read_tensors(tmp_path/'per_task.safetensors')
+    others = {name: x + 1 for name, x in tensors.items()}
+    files.write_tensors(tmp_path/'per_task.safetensors', others)
+    with pytest.raises(ValueError, match='not the one that belongs'):
+        reports.read_results(tmp_path)
 
 
 # ---- what a run keeps

@@ -1,0 +1,178 @@
+"Small promises, each of which a planted fault once broke without a test that failed."
+import ast
+import errno
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hyperclip_nb.command import cli
+from hyperclip_nb.data import files
+from hyperclip_nb.data.images import as_rgb
+from hyperclip_nb.data.questions import EXTREMES, parse, possible_answers, true_answers
+from hyperclip_nb.data.scenes import COLORS, PLACES, SHAPES, SIZES, Scenes
+from hyperclip_nb.data.tasks import has_descriptor
+from hyperclip_nb.vision.encoders import wrap_clip
+from hyperclip_nb.vision.photographs import encode_files
+
+root = Path(__file__).parent.parent
+code = [
+    path for name in ('hyperclip_nb', 'tools')
+    for path in sorted((root/name).rglob('*.py'))
+]
+
+
+# ---- files that are not finished
+
+
+@pytest.mark.parametrize('change', ['node', 'boot', 'namespace'])
+def test_another_machine_start_or_container_has_another_name(change, monkeypatch):
+    if not Path('/proc/self/ns/pid').exists():
+        pytest.skip('Linux alone tells its starts and containers apart')
+    name = files._machine.__wrapped__
+    before = name()
+    if change == 'node':
+        monkeypatch.setattr(platform, 'node', lambda: 'elsewhere')
+    if change == 'boot':
+        monkeypatch.setattr(Path, 'read_text', lambda path: 'another start')
+    if change == 'namespace':
+        monkeypatch.setattr(os, 'readlink', lambda path: 'pid:[1]')
+    assert name() != before
+
+
+def test_a_large_file_shows_that_its_writer_lives(tmp_path, monkeypatch):
+    "Each piece goes to the disk, so that the time of the unfinished file moves on"
+    synced = []
+    monkeypatch.setattr(os, 'fsync', synced.append)
+    files._write_through(tmp_path/'x', memoryview(bytes(10)), piece=4)
+    assert len(synced) == 3
+    assert (tmp_path/'x').read_bytes() == bytes(10)
+
+
+# ---- what is said
+
+
+@pytest.mark.parametrize('error', [
+    MemoryError(), OSError(errno.ENOMEM, ''), RuntimeError('not enough memory: 9 GB'),
+])
+def test_each_way_to_lack_memory_is_the_same_line(error):
+    line, code = cli._one_line(error)
+    assert 'too little memory' in line and '\n' not in line
+    assert code == 1
+
+
+# ---- pictures
+
+
+def test_whole_numbers_of_a_picture_are_scaled():
+    picture = Image.fromarray(np.array([[0, 65535]], np.int32))
+    assert picture.mode == 'I'
+    assert np.asarray(as_rgb(picture)).tolist() == [[[0]*3, [255]*3]]
+
+
+class Mean(torch.nn.Module):
+    "Two encoders that see the mean color, times a number"
+    def __init__(self, scale=1.):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(scale))
+
+    def encode_image(self, pixels): # (n,3,H,W)
+        return self.scale*(pixels.mean((2, 3)) + .1)
+
+    def encode_text(self, numbers): # (n,3)
+        return numbers.float() + 1
+
+
+def own_clip(scale=1.):
+    def pixels(image):
+        return torch.from_numpy(np.array(image.resize((4, 4)))).permute(2, 0, 1)/255
+
+    def tokens(texts):
+        return torch.tensor([[len(text)]*3 for text in texts])
+
+    return wrap_clip(Mean(scale), pixels, tokens)
+
+
+def twelve_pictures(folder, damaged=0):
+    "Twelve pictures, the first of which cannot be read; their names"
+    folder.mkdir()
+    names = [f'{i:02d}.png' for i in range(12)]
+    for i, name in enumerate(names):
+        Image.new('RGB', (8, 8), (20*i, 0, 0)).save(folder/name)
+        if i < damaged:
+            (folder/name).write_bytes(b'no picture')
+    return names
+
+
+def test_too_many_lost_pictures_stop_and_may_be_allowed(tmp_path):
+    names = twelve_pictures(tmp_path/'[x] pics', damaged=3)
+    asked = own_clip(), tmp_path/'[x] pics', names, ['a'], tmp_path/'features'
+    with pytest.raises(ValueError, match='3 of 12 images cannot be read'):
+        encode_files(*asked)
+    assert encode_files(*asked, most_lost=1.) == names[:3]
+
+
+def test_a_clip_that_gives_no_numbers_leaves_no_features(tmp_path):
+    names = twelve_pictures(tmp_path/'pictures')
+    clip = own_clip(float('nan'))
+    with pytest.raises(FloatingPointError, match='no numbers'):
+        encode_files(clip, tmp_path/'pictures', names, ['a'], tmp_path/'features')
+    assert not list((tmp_path/'features').glob('*.safetensors'))
+
+
+def test_features_keep_half_precision(tmp_path):
+    names = twelve_pictures(tmp_path/'pictures')
+    encode_files(own_clip(), tmp_path/'pictures', names, ['a'], tmp_path/'features')
+    tensors, _ = files.read_tensors(tmp_path/'features'/'images-00000.safetensors')
+    assert tensors['features'].dtype == torch.half
+
+
+# ---- tasks and questions
+
+
+def test_the_smallest_share_leaves_one_description():
+    assert has_descriptor(5, .01, seed=0).sum() == 1
+
+
+@pytest.mark.parametrize('extreme, shape', [
+    ('largest', 'star'), ('smallest', 'heart'), ('leftmost', 'heart'),
+    ('rightmost', 'ring'), ('highest', 'ring'), ('lowest', 'star'),
+])
+def test_each_extreme_is_the_thing_that_one_sees(extreme, shape):
+    "A small heart at the left, a large star below, a medium ring at the top right"
+    seen = [
+        ('heart', 'red', 'small', 'left'), ('star', 'blue', 'large', 'bottom'),
+        ('ring', 'green', 'medium', 'top right'),
+    ]
+    things = [
+        [SHAPES.index(form), list(COLORS).index(color), 0, SIZES.index(size),
+         PLACES.index(place)]
+        for form, color, size, place in seen
+    ]
+    pose = np.zeros((1, 3, 3))
+    scene = Scenes(np.array([things]), np.zeros(1, int), pose)
+    asked = parse(f'What shape is the {extreme} thing?')
+    answer, = true_answers(asked, scene)
+    assert possible_answers(asked.ask)[answer] == shape
+    assert extreme in EXTREMES
+
+
+# ---- nothing harmful
+
+
+@pytest.mark.parametrize('path', code, ids=lambda path: str(path.relative_to(root)))
+def test_no_pickle_is_written_or_read(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [getattr(node, 'module', None), *(name.name for name in node.names)]
+            assert not {'pickle', 'cloudpickle', 'joblib', 'dill'} & set(names)
+        if isinstance(node, ast.keyword):
+            assert node.arg not in ('allow_pickle', 'weights_only')
+        if isinstance(node, ast.Attribute):
+            text = ast.unparse(node)
+            assert text not in ('torch.save', 'torch.load')
+            assert node.attr not in ('to_pickle', 'read_pickle')
