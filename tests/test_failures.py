@@ -3,6 +3,7 @@
 Each leaves one line, and what was done before stays."""
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -93,15 +94,16 @@ def test_a_part_with_numbers_that_are_none_is_not_kept(run, monkeypatch):
 @pytest.mark.parametrize('sign', [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_says_how_it_goes_on(tmp_path, sign):
     long = ['--set', 'multitask.epochs=2000', '--methods', 'multitask']
-    process = hyperclip_process(tmp_path/'run', *long)
+    folder = tmp_path/'a run [1]'
+    process = hyperclip_process(folder, *long)
     end = time.time() + 120
-    while not (tmp_path/'run'/'grid.json').exists() and time.time() < end:
+    while not (folder/'grid.json').exists() and time.time() < end:
         time.sleep(.02)
     process.send_signal(sign)
     code, line = last_line(process)
     assert code == 130
     assert line.startswith('stopped; this goes on where it was: hyperclip reproduce')
-    assert str(tmp_path/'run') in line
+    assert str(folder) in shlex.split(line) # a shell reads it as one word
     assert not list(tmp_path.rglob('.*.part'))
 
 

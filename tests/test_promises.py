@@ -69,9 +69,9 @@ def test_each_way_to_lack_memory_is_the_same_line(error):
 
 
 def test_whole_numbers_of_a_picture_are_scaled():
-    picture = Image.fromarray(np.array([[0, 65535]], np.int32))
+    picture = Image.fromarray(np.array([[0, 32639, 65535]], np.int32))
     assert picture.mode == 'I'
-    assert np.asarray(as_rgb(picture)).tolist() == [[[0]*3, [255]*3]]
+    assert np.asarray(as_rgb(picture))[0, :, 0].tolist() == [0, 127, 255]
 
 
 class Mean(torch.nn.Module):
