@@ -3,6 +3,8 @@ import ast
 import errno
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,15 @@ import torch
 from PIL import Image
 
 from hyperclip_nb.command import cli
+from hyperclip_nb.command.cli_data import _warn_alike
 from hyperclip_nb.data import files
+from hyperclip_nb.data.batches import all_texts
 from hyperclip_nb.data.images import as_rgb
+from hyperclip_nb.data.metavqa import _check_parts
 from hyperclip_nb.data.questions import EXTREMES, parse, possible_answers, true_answers
 from hyperclip_nb.data.scenes import COLORS, PLACES, SHAPES, SIZES, Scenes
-from hyperclip_nb.data.tasks import has_descriptor
+from hyperclip_nb.data.tasks import Task, has_descriptor
+from hyperclip_nb.language.hyperldm import train_hyperldm
 from hyperclip_nb.vision.encoders import wrap_clip
 from hyperclip_nb.vision.photographs import encode_files
 
@@ -176,3 +182,46 @@ def test_no_pickle_is_written_or_read(path):
             text = ast.unparse(node)
             assert text not in ('torch.save', 'torch.load')
             assert node.attr not in ('to_pickle', 'read_pickle')
+
+
+# ---- words in files, and words that look alike
+
+
+def test_text_is_read_as_utf8_in_any_locale(tmp_path):
+    (tmp_path/'a.json').write_text('{"answer": "grün"}', encoding='utf-8')
+    program = 'from hyperclip_nb.data.files import read_json as read\n'
+    program += 'print(ascii(read("a.json")))'
+    env = os.environ | dict(LC_ALL='C', PYTHONCOERCECLOCALE='0', PYTHONUTF8='0')
+    env['PYTHONPATH'] = str(root)
+    said = subprocess.run(
+        [sys.executable, '-c', program], cwd=tmp_path, env=env, capture_output=True,
+        text=True, check=True,
+    )
+    assert said.stdout.strip() == ascii(dict(answer='grün'))
+
+
+def test_answers_that_a_clip_cannot_tell_apart_are_said_once(tmp_path):
+    "To this CLIP two texts of one length are the same"
+    pairs = np.array([[0, 0], [1, 1]])
+    task = Task('What is it?', 'it is {}', ('a cat', 'a dog', 'nothing'), pairs, pairs)
+    names = twelve_pictures(tmp_path/'pictures')
+    texts, folder = all_texts([task]), tmp_path/'features'
+    encode_files(own_clip(), tmp_path/'pictures', names, texts, folder)
+    with pytest.warns(UserWarning) as said:
+        _warn_alike([task], folder, names, 'own')
+    line, = [str(warning.message) for warning in said]
+    assert line.startswith('1 of 1 questions have answers that are the same to')
+    assert 'such as "a cat" and "a dog" of "What is it?"' in line
+
+
+def test_one_training_task_is_too_few():
+    part_files = dict(train='train.json', valid='valid.json', test='test.json')
+    found = {part: {part: {}} for part in part_files}
+    with pytest.raises(ValueError, match='train.json holds 1 tasks, too few'):
+        _check_parts(Path('tasks'), part_files, found)
+
+
+def test_a_training_of_no_steps_is_one_line():
+    mu = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match='needs one step or more, not 0'):
+        train_hyperldm(mu, torch.zeros_like(mu), torch.eye(4), steps=0, hidden=(8,))

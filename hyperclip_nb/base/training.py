@@ -167,6 +167,8 @@ def one_cycle(
     optimizer=torch.optim.AdamW, # its class
 )->tuple: # the optimizer and the scheduler of its rate
     "An optimizer whose rate rises quickly and falls slowly (Smith and Topin, 2018)"
+    if steps < 1:
+        raise ValueError(f'a training needs one step or more, not {steps}')
     opt = optimizer(params, lr=lr, fused=True)
     rising = .05 if steps != 20 else .06 # PyTorch divides by a rise of one step less 1
     return opt, OneCycleLR(opt, lr, total_steps=steps, pct_start=rising)
