@@ -1,20 +1,24 @@
 "Small promises, each of which a planted fault once broke without a test that failed."
 import ast
 import errno
+import io
 import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
-from hyperclip_nb.command import cli
+from hyperclip_nb.base.training import fit
+from hyperclip_nb.command import cli, streams
 from hyperclip_nb.command.cli_data import _warn_alike
-from hyperclip_nb.data import files
+from hyperclip_nb.data import files, vqa
 from hyperclip_nb.data.batches import all_texts
 from hyperclip_nb.data.images import as_rgb
 from hyperclip_nb.data.metavqa import _check_parts
@@ -22,6 +26,10 @@ from hyperclip_nb.data.questions import EXTREMES, parse, possible_answers, true_
 from hyperclip_nb.data.scenes import PLACES, SHAPES, SIZES, Scenes
 from hyperclip_nb.data.tasks import Task, has_descriptor
 from hyperclip_nb.language.hyperldm import train_hyperldm
+from hyperclip_nb.lab.models import STAGES, Models
+from hyperclip_nb.lab.runs import Run
+from hyperclip_nb.lab.stages import override, preset
+from hyperclip_nb.vision import photographs
 from hyperclip_nb.vision.encoders import wrap_clip
 from hyperclip_nb.vision.photographs import encode_files
 
@@ -59,7 +67,75 @@ def test_a_large_file_shows_that_its_writer_lives(tmp_path, monkeypatch):
     assert (tmp_path/'x').read_bytes() == bytes(10)
 
 
+def memory_of_its_own():
+    "Bytes of this process that are no file's"
+    for line in Path('/proc/self/status').read_text().splitlines():
+        if line.startswith('RssAnon:'):
+            return 1024*int(line.split()[1])
+    pytest.skip('this system does not tell them apart')
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_tensors_are_mapped_and_not_copied(tmp_path):
+    size = 2**28 # bytes
+    files.write_tensors(tmp_path/'x.safetensors', dict(x=torch.ones(size//4)))
+    before = memory_of_its_own()
+    tensors, _ = files.read_tensors(tmp_path/'x.safetensors')
+    assert tensors['x'].sum() == size//4 # every page was touched
+    assert memory_of_its_own() - before < size/4
+
+
+def test_each_official_file_is_read_once(tmp_path, monkeypatch):
+    vqa.write_sample(tmp_path, tasks=5)
+    paths = []
+
+    def read_json(path, key):
+        paths.append(path)
+        return files.read_json(path, key)
+
+    monkeypatch.setattr(vqa, 'read_json', read_json)
+    vqa.read_vqa(tmp_path)
+    assert len(paths) == len(set(paths)) == 4
+
+
+# ---- stages
+
+
+def test_a_stage_that_fails_leaves_those_before_it(tmp_path, monkeypatch):
+    world = dict(tasks=(30, 10, 12), scenes=(300, 200, 200))
+    settings = override(preset('smoke'), world=world, multitask=dict(epochs=1))
+
+    def broken(models, **settings):
+        models.multitask
+        raise OSError('the disk is gone')
+
+    monkeypatch.setitem(STAGES, 'lost', replace(STAGES['weights'], train=broken))
+    run = Run(settings, folder=tmp_path)
+    with pytest.raises(OSError, match='the disk is gone'):
+        Models(run, seed=0).lost
+    first = tmp_path/'stages'/'seed0-multitask.safetensors'
+    tensors, _ = files.read_tensors(first)
+    assert tensors['value'].equal(run.parts['seed0-multitask'])
+
+
+def test_a_loop_over_no_epochs_leaves_things_as_they_are():
+    theta = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.SGD([theta], lr=1.)
+    for epochs in [], [[]]: # none, and one of no batches
+        assert fit([theta], epochs, None, optimizer) == ([], [])
+    assert theta.eq(1).all()
+
+
 # ---- what is said
+
+
+def test_the_name_of_a_stage_is_no_markup(monkeypatch):
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(streams, 'notes', terminal)
+    with streams.progress_bars() as bars:
+        for _ in streams.tracker(bars)(range(2), '[red]x[/]'):
+            bars.refresh()
+    assert '[red]x[/]' in terminal.file.getvalue()
 
 
 @pytest.mark.parametrize('error', [
@@ -135,6 +211,34 @@ def test_features_keep_half_precision(tmp_path):
     encode_files(own_clip(), tmp_path/'pictures', names, ['a'], tmp_path/'features')
     tensors, _ = files.read_tensors(tmp_path/'features'/'images-00000.safetensors')
     assert tensors['features'].dtype == torch.half
+
+
+def test_two_batches_of_pictures_are_in_memory_and_no_more(monkeypatch):
+    asked = []
+
+    class Pool(photographs.ThreadPoolExecutor):
+        def submit(self, function, number):
+            asked.append(number)
+            return super().submit(function, number)
+
+    monkeypatch.setattr(photographs, 'ThreadPoolExecutor', Pool)
+    pictures = [(number, torch.zeros(1)) for number in range(40)]
+    monkeypatch.setattr(photographs, '_collate', list)
+    for number, batch in enumerate(photographs._batches(pictures, 4, workers=2)):
+        assert batch == pictures[4*number:4*number+4]
+        assert len(asked) <= 4*(number + 2)
+    assert asked == list(range(40))
+
+
+def test_nothing_is_written_at_home(tmp_path):
+    "The CLIP that comes with the package is read, and leaves no file elsewhere"
+    program = 'from hyperclip_nb.vision.clip import load_clip\n'
+    program += 'load_clip().encode_text(["a red star"])'
+    env = os.environ | dict(HOME=str(tmp_path), PYTHONPATH=str(root))
+    for name in 'XDG_CACHE_HOME', 'HF_HOME', 'TORCH_HOME':
+        env.pop(name, None)
+    subprocess.run([sys.executable, '-c', program], env=env, check=True)
+    assert not list(tmp_path.rglob('*'))
 
 
 # ---- tasks and questions
