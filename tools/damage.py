@@ -30,7 +30,8 @@ from hyperclip_nb.data.folder import read_folder
 from hyperclip_nb.data.images import open_image
 from hyperclip_nb.data.metavqa import build_tasks, load_metavqa, save_metavqa
 from hyperclip_nb.data.vqa import read_vqa, write_sample
-from hyperclip_nb.lab.experiments import _read_grid, _read_rows, read_results, reproduce
+from hyperclip_nb.lab.experiments import _read_grid, read_results, reproduce
+from hyperclip_nb.lab.rows import read_rows
 from hyperclip_nb.lab.parts import _read_part
 from hyperclip_nb.lab.runs import _stored_arguments
 from hyperclip_nb.lab.stages import PRESETS, add_preset
@@ -74,7 +75,7 @@ def run_files(place):
     return [
         (out/'config.json', lambda p: plain(_stored_arguments(out)), OURS),
         (out/'grid.json', lambda p: _read_grid(p), OURS),
-        (rows, lambda p: _read_rows(p), OURS),
+        (rows, lambda p: read_rows(p), OURS),
         (stage, lambda p: plain(_read_part(p, None, 'cpu')), OURS),
         (out/'features.safetensors', lambda p: plain(load_checked(p)[0]), OURS),
         (out/'results.json', lambda p: read_rows_of_results(out), OURS),

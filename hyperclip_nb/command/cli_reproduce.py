@@ -46,6 +46,11 @@ _Shard = Annotated[Optional[str], Option(
     help='do a part of the jobs, such as 0/8 (then 1/8 … 7/8, at once or one after '
          'the other, into one folder; hyperclip merge puts them together)',
 )]
+_Workers = Annotated[Optional[int], Option(
+    min=1, help='processes that train and measure at a time [default: one for each '
+                'core, where there is enough to do]',
+    show_default=False,
+)]
 _Tensorboard = Annotated[bool, Option(
     '--tensorboard', help="copy training curves to TensorBoard's event files",
 )]
@@ -64,6 +69,7 @@ def reproduce(
     config: ConfigFile = None, # options and settings
     out: _OutFolder = None, # folder for what is computed; None: a name in runs/
     shard: _Shard = None, # part of the jobs; None: all of them
+    workers: _Workers = None, # processes; None: as many as pay
     again: _Again = False, # whether to forget what the folder holds
     device: Device = 'auto', # where to compute
     clip: _ClipName = 'tiny', # what makes the features of a world
@@ -104,6 +110,7 @@ def reproduce(
             data=data,
             changes=changes,
             shard=parse_shard(shard) if shard else None,
+            workers=workers,
         )
     if shard:
         _report_shard(shard, done, out, as_json)

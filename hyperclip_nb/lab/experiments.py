@@ -6,75 +6,29 @@
 __all__ = ['META_VQA', 'reproduce', 'merge', 'count_work', 'Sizes', 'world_sizes', 'task_sizes', 'Experiment', 'read_results']
 
 # %% ../../nbs/lab/62_experiments.ipynb #5e64079a
+import contextlib
+import functools
 import shutil
 from collections import Counter
 from typing import NamedTuple
 import numpy as np
-from ..data.files import read_sealed, sealed, write_json
+from ..data.batches import cores
+from ..data.files import read_sealed, remove_unfinished, sealed, write_json
 from ..data.tasks import has_descriptor
 from .runs import Run
 from .stages import STAGES, Models, override, with_needs
 from .stages import preset as settings_of
 from .methods import ALL, METHODS
 from .changes import parse_settings
-from .shards import asked_at, grid_jobs, shard_jobs
-from .rows import SCORES, evaluate_row, grid_rows
+from hyperclip_nb.lab.rows import (
+    Job, grid_rows, is_done, look_up, row_key, rows_of, summary_line,
+)
+from hyperclip_nb.lab.shards import (
+    asked_at, do_piece, grid_jobs, pieces_of, shard_jobs, work_through,
+)
 from .reports import Experiment, read_results, save_results
 
 _all_ = [Experiment, read_results]
-
-# %% ../../nbs/lab/62_experiments.ipynb #c86a15f0
-def _rows_of(
-    job, # `Job`
-    models, # of its seed and share
-    gammas, # guidance scales that were asked for
-    say, # is told when it is done
-):
-    "The rows of one job: read, or measured and kept"
-    file, known, wanted = _look_up(job, models.run, gammas)
-    missing = [row for row in wanted if _key(row) not in known]
-    for row in missing:
-        known[_key(row)] = row | _rounded(evaluate_row(models, row))
-    if file and missing:
-        write_json(file, sealed(dict(rows=list(known.values()))))
-    rows = [known[_key(row)] for row in wanted]
-    title = METHODS[job.slug].title
-    say(_summary_line(job.seed, job.named_share, title, rows))
-    return rows
-
-def _look_up(job, run, gammas):
-    "The file of a job, the rows in it by their keys, and the rows that are wanted"
-    file = run.folder and run.folder/'rows'/job.file
-    known = {_key(row): row for row in _read_rows(file)}
-    row = job.slug, job.seed, job.named_share
-    return file, known, grid_rows(*row, gammas, run.settings)
-
-# %% ../../nbs/lab/62_experiments.ipynb #d8933b42
-def _summary_line(seed, share, title, rows):
-    means = []
-    for row in rows:
-        if row['setting'] == 'zero-shot':
-            means.append(f'{np.mean(row["test"]):.1f}')
-    return f'seed {seed}, {share:4.0%} of descriptors, {title}: {", ".join(means)}'
-
-def _key(row):
-    "What names a row: all but its scores"
-    return tuple(value for key, value in row.items() if key not in SCORES)
-
-def _rounded(scores):
-    return {
-        part: [round(accuracy, 4) for accuracy in accuracies.tolist()]
-        for part, accuracies in scores.items()
-    }
-
-def _read_rows(file):
-    "The rows that a job has left in its file"
-    if not file or not file.exists():
-        return []
-    try:
-        return read_sealed(file)['rows']
-    except ValueError as e:
-        raise ValueError(f'{e}: remove it, and it is measured again') from None
 
 # %% ../../nbs/lab/62_experiments.ipynb #bb2f988b
 def reproduce(
@@ -94,6 +48,7 @@ def reproduce(
     data=None, # folder of tasks and features, instead of a world
     changes=(), # of settings, as texts: 'hvae.steps=400', …
     shard:tuple=None, # its number from 0, and how many there are; None: all jobs
+    workers:int|None=1, # processes that do the jobs; None: as many as pay
 )->Experiment: # of a shard: its own rows, and no results are written
     "Run the grid, or what is missing of it"
     _check_tasks(preset, data)
@@ -115,7 +70,11 @@ def reproduce(
     jobs = grid_jobs(seeds, shares, methods)
     if shard:
         jobs = shard_jobs(jobs, shard)
-    done = Experiment(run.config | asked, _walk(run, jobs, gammas, say), run)
+    n = _worth_starting(run, shard) if workers is None else workers
+    if n > 1:
+        _side_by_side(run, jobs, gammas, n, say)
+    rows = _walk(run, jobs, gammas, say if n == 1 else None)
+    done = Experiment(run.config | asked, rows, run)
     if out and not shard:
         save_results(done, out)
     return done
@@ -133,8 +92,40 @@ def _walk(run, jobs, gammas, say):
             kind = job.share, METHODS[job.slug].whitened
             if kind not in models:
                 models[kind] = Models(run, seed, *kind)
-            rows += _rows_of(job, models[kind], gammas, say)
+            new = rows_of(job, models[kind], gammas)
+            if say:
+                say(summary_line(job, new))
+            rows += new
     return rows
+
+def _side_by_side(run, jobs, gammas, n, say):
+    "Leave all that some jobs need in the folder of a run, made by several processes"
+    def report(job):
+        _, known, wanted = look_up(job, run, gammas)
+        say(summary_line(job, [known[row_key(row)] for row in wanted]))
+
+    if not run.folder or run.device != 'cpu':
+        raise ValueError('several processes need a folder to meet in, and the CPU')
+    for job in jobs:
+        if is_done(job, run, gammas):
+            report(job)
+    pieces = pieces_of(jobs, run, gammas)
+    do = functools.partial(do_piece, folder=run.folder, gammas=gammas)
+    try:
+        with contextlib.closing(work_through(pieces, do, n)) as made:
+            for _ in run.track(range(len(pieces)), 'parts and rows'):
+                piece = next(made)
+                if isinstance(piece, Job):
+                    report(piece)
+    finally:
+        remove_unfinished(run.folder) # of processes that were ended
+
+def _worth_starting(run, shard, fewest=500): # training tasks
+    "How many processes pay: starting one takes as long as training on a few tasks"
+    small = len(run.data['train']) < fewest
+    if small or shard or run.device != 'cpu' or not run.folder:
+        return 1
+    return cores()
 
 def _check_tasks(preset, data):
     "ValueError where the paper's sizes are asked for without the paper's tasks"
@@ -191,8 +182,7 @@ def _check_complete(run, jobs, gammas):
     "ValueError where rows are missing, with the jobs whose they are"
     missing = []
     for job in jobs:
-        _, known, wanted = _look_up(job, run, gammas)
-        if not {_key(row) for row in wanted} <= set(known):
+        if not is_done(job, run, gammas):
             missing.append(job.file.removesuffix('.json'))
     if missing:
         some = ', '.join(missing[:3]) + (', …' if len(missing) > 3 else '')

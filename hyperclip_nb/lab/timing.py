@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from ..data.batches import cores
 from ..language.noise_net import NoiseNet
 
 # %% ../../nbs/lab/74_timing.ipynb #fe17faf5
@@ -101,7 +102,7 @@ def count_flops(
     "Additions and multiplications in the matrix products of a call"
     in_place = {torch.ops.aten.baddbmm_: _baddbmm_flops}
     threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count()) # none to spare for work side by side,
+    torch.set_num_threads(cores()) # none to spare for work side by side,
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         f() # so that all of it is done, and seen, in this thread
     torch.set_num_threads(threads)
@@ -154,7 +155,7 @@ def _rate_in_process(width, duration, n_threads):
 def _busy_cores():
     "A block beside which every core has something else to do"
     command = [sys.executable, '-c', 'while True: pass']
-    loops = [subprocess.Popen(command) for _ in range(os.cpu_count() or 1)]
+    loops = [subprocess.Popen(command) for _ in range(cores())]
     try:
         yield
     finally:
@@ -175,5 +176,5 @@ def threads(
         with _busy_cores() if busy else nullcontext():
             steps = _rate_in_process(width, duration, n_threads)
         trial = dict(busy=busy, width=width, threads=n_threads, steps=steps)
-        rows.append(dict(cores=os.cpu_count()) | trial)
+        rows.append(dict(cores=cores()) | trial)
     return rows

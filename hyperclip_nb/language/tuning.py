@@ -77,11 +77,9 @@ def _drop_entries(e, generator):
 
 def _answer_loss(model, adapter, e, gamma, batch, recompute, generator):
     "Mean task loss of weights that are written from fresh noise, twice for each task"
-    losses = []
-    for _ in range(2):
-        z = torch.randn(len(e), len(model.ldm.mean), generator=generator)
-        W = model.write(z.to(e.device), e, gamma, recompute=recompute)
-        losses.append(task_losses(adapter, W, batch).mean())
+    z = torch.randn(2*len(e), len(model.ldm.mean), generator=generator) # (2B,Z)
+    W = model.write(z.to(e.device), e.repeat(2, 1), gamma, recompute=recompute)
+    losses = [task_losses(adapter, draw, batch).mean() for draw in W.chunk(2)]
     return torch.stack(losses).mean()
 
 # %% ../../nbs/language/40_tuning.ipynb #8b3d867c
