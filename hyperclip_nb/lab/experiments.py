@@ -211,13 +211,13 @@ def count_work(
 
 def _trainings(methods, shares):
     "How often each stage is trained; a variant counts as its stage"
-    found = set()
+    found = {} # a set that keeps its order
     for slug in methods:
         method = METHODS[slug]
         for name in with_needs(method.needs):
             reads = STAGES[name].reads_questions
             kinds = [(share, method.whitened) for share in shares] if reads else [None]
-            found.update((name, kind) for kind in kinds)
+            found |= dict.fromkeys((name, kind) for kind in kinds)
     return Counter(STAGES[name].stream for name, _ in found)
 
 # %% ../../nbs/lab/62_experiments.ipynb #512e5002
