@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from hyperclip_nb.data.files import _machine
-from hyperclip_nb.lab import experiments, stages
+from hyperclip_nb.lab import experiments, rows, stages
 from hyperclip_nb.lab.experiments import read_results, reproduce
 from hyperclip_nb.lab.methods import ABLATION, METHODS, PAPER_ROWS, Start, method
 from hyperclip_nb.lab.models import DERIVED, stage, stream
@@ -142,7 +142,7 @@ def test_done_rows_are_not_run_again_unless_asked(done, tmp_path, monkeypatch):
     def never(*args):
         raise AssertionError('measured again')
 
-    monkeypatch.setattr(experiments, 'evaluate_row', never)
+    monkeypatch.setattr(rows, 'evaluate_row', never)
     assert reproduce(**GRID, out=done[1]).rows == done[0].rows
     copy_features(done, tmp_path)
     (tmp_path/'rows').mkdir()
