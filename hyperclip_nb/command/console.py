@@ -100,8 +100,8 @@ Changes = Annotated[Optional[list[str]], Option(
 # %% ../../nbs/command/81_console.ipynb #d0ea650f
 RUN_OPTIONS = ( # of hyperclip reproduce, that a file may hold
     'preset', 'seed', 'seeds', 'descriptors', 'methods', 'world_seed', 'split',
-    'gamma', 'out', 'shard', 'again', 'device', 'clip', 'data', 'tensorboard',
-    'as_json',
+    'gamma', 'out', 'shard', 'workers', 'again', 'device', 'clip', 'data',
+    'tensorboard', 'as_json',
 )
 
 def _use_file(context: Context, path: Optional[Path]):
