@@ -115,3 +115,4 @@ def test_readme():
     )
     message = 'run `.ci/refresh index`: README.md is made from nbs/index.ipynb'
     assert (root/'README.md').read_text(encoding='utf-8') == made.stdout, message
+    assert '.ipynb)' not in made.stdout and '.ipynb#' not in made.stdout # pages

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hyperclip_nb.lab import methods
 from hyperclip_nb.lab.experiments import reproduce
-from hyperclip_nb.lab.methods import Start, method
 from hyperclip_nb.lab.runs import Run
 from hyperclip_nb.lab.shards import chain_lengths, grid_jobs, pieces_of, work_through
 from hyperclip_nb.lab.stages import add_preset, override, preset
@@ -20,7 +20,7 @@ SMALL = dict(
     multitask=dict(epochs=1), cond_film=dict(epochs=1), cond_multitask=dict(epochs=1),
     few_shot=dict(steps=3),
 )
-METHODS = 'clip', 'multitask', 'cond-film', 'cond-multitask'
+SLUGS = 'clip', 'multitask', 'cond-film', 'cond-multitask'
 GRAPH = dict(a=(), b=(), c=('a',), d=('a', 'b'), e=('d',))
 
 
@@ -53,8 +53,8 @@ def test_what_most_pieces_wait_for_comes_first():
 
 def test_a_part_is_trained_once_for_all_who_need_it():
     run = Run(override(preset('smoke'), **SMALL))
-    methods = 'multitask', 'cond-multitask-strong', 'cond-film'
-    jobs = grid_jobs((0, 1), (1., .5), methods)
+    slugs = 'multitask', 'cond-multitask-strong', 'cond-film'
+    jobs = grid_jobs((0, 1), (1., .5), slugs)
     pieces = pieces_of(jobs, run, ())
     parts = [piece for piece in pieces if piece not in jobs]
     assert len(parts) == len(set(parts)) == 2*(1 + 2 + 2)
@@ -63,7 +63,7 @@ def test_a_part_is_trained_once_for_all_who_need_it():
 
 def test_two_processes_make_the_rows_of_one(tmp_path):
     said = []
-    asked = dict(preset='small-workers', methods=METHODS, shares=(1., .5))
+    asked = dict(preset='small-workers', methods=SLUGS, shares=(1., .5))
     one = reproduce(**asked, out=tmp_path/'one')
     two = reproduce(**asked, out=tmp_path/'two', workers=2, say=said.append)
     assert two.rows == one.rows
@@ -81,15 +81,18 @@ def test_the_error_of_a_stage_comes_back_and_what_is_done_stays(tmp_path):
     asked = dict(preset='small-workers', changes=changes, out=tmp_path)
     reproduce(**asked, methods=('multitask',))
     with pytest.raises(FloatingPointError, match='^stage seed0-cond_film-100: .*--set'):
-        reproduce(**asked, methods=METHODS, workers=2)
+        reproduce(**asked, methods=SLUGS, workers=2)
     assert (tmp_path/'stages'/'seed0-multitask.safetensors').exists()
     assert not list(tmp_path.rglob('.*.part'))
 
 
-def test_what_several_processes_cannot_do_is_said(tmp_path):
-    @method('of-this-process', 'Of this process', reads_questions=False, needs=())
+def test_what_several_processes_cannot_do_is_said(tmp_path, monkeypatch):
+    # what it registers is taken back
+    monkeypatch.setitem(methods.METHODS, 'of-this-process', None)
+
+    @methods.method('of-this-process', 'One', reads_questions=False, needs=())
     def start(models, tasks):
-        return Start(models.multitask)
+        raise AssertionError('other processes do not know it')
 
     own = dict(preset='small-workers', methods=('of-this-process',), workers=2)
     with pytest.raises(ValueError, match='of-this-process is unknown in other proc'):

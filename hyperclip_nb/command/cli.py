@@ -125,8 +125,9 @@ def main():
 def _keep_memory():
     "Freed memory stays ours: to give it back and ask again costs much of a large step"
     mmap_max, trim_threshold = -4, -1 # as glibc numbers them; no other library has it
-    # so that processes which are started here do the same
-    os.environ |= dict(MALLOC_MMAP_MAX_='0', MALLOC_TRIM_THRESHOLD_='2147483647')
+    # processes that are started from here read these
+    os.environ.setdefault('MALLOC_MMAP_MAX_', '0')
+    os.environ.setdefault('MALLOC_TRIM_THRESHOLD_', str(2**31 - 1))
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL('libc.so.6')
         libc.mallopt(mmap_max, 0) # large blocks come from the heap too

@@ -73,8 +73,8 @@ def reproduce(
     n = _worth_starting(run, shard) if workers is None else workers
     if n > 1:
         _side_by_side(run, jobs, gammas, n, say)
-    rows = _walk(run, jobs, gammas, say if n == 1 else None)
-    done = Experiment(run.config | asked, rows, run)
+        say = None # of each job it has been said
+    done = Experiment(run.config | asked, _walk(run, jobs, gammas, say), run)
     if out and not shard:
         save_results(done, out)
     return done
@@ -98,6 +98,7 @@ def _walk(run, jobs, gammas, say):
             rows += new
     return rows
 
+# %% ../../nbs/lab/62_experiments.ipynb #62000002
 def _side_by_side(run, jobs, gammas, n, say):
     "Leave all that some jobs need in the folder of a run, made by several processes"
     def report(job):
@@ -120,13 +121,14 @@ def _side_by_side(run, jobs, gammas, n, say):
     finally:
         remove_unfinished(run.folder) # of processes that were ended
 
-def _worth_starting(run, shard, fewest=500): # training tasks
+def _worth_starting(run, shard):
     "How many processes pay: starting one takes as long as training on a few tasks"
-    small = len(run.data['train']) < fewest
+    small = len(run.data['train']) < 500
     if small or shard or run.device != 'cpu' or not run.folder:
         return 1
     return cores()
 
+# %% ../../nbs/lab/62_experiments.ipynb #62000004
 def _check_tasks(preset, data):
     "ValueError where the paper's sizes are asked for without the paper's tasks"
     if preset == 'paper' and not data:

@@ -141,6 +141,7 @@ class Job(NamedTuple):
         "The name of its rows"
         return f'{self.slug}-seed{self.seed}-{100*self.named_share:g}.json'
 
+# %% ../../nbs/lab/57_rows.ipynb #57000002
 def row_key(
     row:dict, # as `grid_rows` gives it, perhaps with its scores
 )->tuple:
