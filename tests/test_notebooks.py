@@ -68,6 +68,8 @@ def forgotten(monkeypatch):
 def test_runs(nb, capsys, monkeypatch, registers, forgotten):
     monkeypatch.setenv('IN_TEST', '1')  # `test_nb` sets it and leaves it
     monkeypatch.setattr(sys, 'path', sys.path[:])
+    # a notebook takes its place, and processes that are started later look at it
+    monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])
     with monkeypatch.context() as m:
         m.chdir(root)
         ok, _ = test_nb(nb, skip_flags=['notest'], basepath=root)
